@@ -1,0 +1,1 @@
+//! VM objects on Linux KVM.
