@@ -1,0 +1,253 @@
+//! Events: what happened to a VM, typed, numbered and in order.
+//!
+//! Every subscriber has a bounded stream of its own. A subscriber that falls behind loses the oldest events and is told
+//! how many; it never slows the VM. The supervisor is the only publisher, so numbers have no gaps at the source.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::ids::{OperationId, UnitName};
+use crate::state::State;
+
+/// The number of events a stream holds before it loses the oldest.
+pub const STREAM_EVENTS_MAX: usize = 256;
+
+/// One event of a VM.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Event {
+    /// Counts from 1 in the order of publication; every event of the VM has the next number.
+    pub number: u64,
+    /// What happened.
+    #[serde(flatten)]
+    pub kind: EventKind,
+}
+
+/// What happened to a VM.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum EventKind {
+    /// The VM's state changed.
+    StateChanged { from: State, to: State },
+    /// An operation began.
+    OperationBegan {
+        id: OperationId,
+        operation: &'static str,
+    },
+    /// An operation ended; the only final event it has.
+    OperationEnded {
+        id: OperationId,
+        operation: &'static str,
+        ok: bool,
+        outcome: String,
+    },
+    /// The guest is gone, and this is why.
+    Ended { cause: EndCause },
+    /// The guest was reset and boots again.
+    Reset { cause: ResetCause },
+    /// A driver in the guest took a device or let go of it.
+    DriverReady { unit: UnitName, ready: bool },
+    /// A driver broke the rules; its device does nothing until the driver resets it.
+    DeviceNeedsReset { unit: UnitName, reason: String },
+    /// This stream fell behind and lost events.
+    Lost { count: u64 },
+}
+
+/// Why a guest ended. Only [`EndCause::GuestPowerOff`] and [`EndCause::HostPowerOff`] are orderly.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EndCause {
+    /// The guest switched itself off (ACPI S5).
+    GuestPowerOff,
+    /// The host cut the power (`power_off`, or the last handle was dropped).
+    HostPowerOff,
+    /// A vCPU met a fault that it could not handle, which resets a real machine.
+    TripleFault,
+    /// The guest's kernel reported its own panic (pvpanic).
+    GuestPanic,
+    /// The host's KVM could not go on with a vCPU.
+    VcpuError { vcpu: u32, reason: String },
+    /// The VM could not be started.
+    StartFailed { reason: String },
+}
+
+/// Why a guest was reset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ResetCause {
+    /// The guest asked for it (i8042, ACPI reset register).
+    Guest,
+    /// The host asked for it (`reset`).
+    Host,
+}
+
+/// The publishing end; owned by the supervisor.
+#[derive(Default)]
+pub struct EventLog {
+    last_number: u64,
+    streams: Vec<Weak<Shared>>,
+}
+
+/// A subscriber's bounded view of a VM's events, from the moment of subscription.
+pub struct EventStream {
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    buffer: Mutex<Buffer>,
+    arrived: Condvar,
+}
+
+#[derive(Default)]
+struct Buffer {
+    events: VecDeque<Event>,
+    lost_count: u64,
+    last_number: u64,
+    closed: bool,
+}
+
+impl EventLog {
+    /// Adds a subscriber that sees everything published from now on.
+    pub fn subscribe(&mut self) -> EventStream {
+        let shared = Arc::new(Shared::default());
+        self.streams.push(Arc::downgrade(&shared));
+        EventStream { shared }
+    }
+
+    /// Publishes `kind` to every subscriber.
+    pub fn publish(&mut self, kind: EventKind) {
+        self.last_number += 1;
+        let event = Event {
+            number: self.last_number,
+            kind,
+        };
+        self.streams.retain(|stream| match stream.upgrade() {
+            Some(stream) => {
+                stream.push(event.clone());
+                true
+            }
+            None => false,
+        });
+    }
+}
+
+impl Drop for EventLog {
+    fn drop(&mut self) {
+        for stream in self.streams.iter().filter_map(Weak::upgrade) {
+            stream.lock().closed = true;
+            stream.arrived.notify_all();
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Buffer> {
+        self.buffer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn push(&self, event: Event) {
+        let mut buffer = self.lock();
+        if buffer.events.len() == STREAM_EVENTS_MAX {
+            buffer.events.pop_front();
+            buffer.lost_count += 1;
+        }
+        buffer.last_number = event.number;
+        buffer.events.push_back(event);
+        self.arrived.notify_all();
+    }
+}
+
+impl Buffer {
+    fn take(&mut self) -> Option<Event> {
+        if self.lost_count > 0 {
+            let number = self
+                .events
+                .front()
+                .map_or(self.last_number, |next| next.number - 1);
+            let count = std::mem::take(&mut self.lost_count);
+            return Some(Event {
+                number,
+                kind: EventKind::Lost { count },
+            });
+        }
+        self.events.pop_front()
+    }
+}
+
+impl EventStream {
+    /// The next event, waiting for it at most `within`. `None` when none came in time, or none can come any more
+    /// because the VM is gone ([`EventStream::is_closed`]).
+    ///
+    /// After events were lost, the next one is [`EventKind::Lost`], numbered as the last of the lost.
+    pub fn next(&self, within: Duration) -> Option<Event> {
+        let deadline = Instant::now().checked_add(within);
+        let mut buffer = self.shared.lock();
+        loop {
+            if let Some(event) = buffer.take() {
+                return Some(event);
+            }
+            if buffer.closed {
+                return None;
+            }
+            buffer = match deadline.map(|deadline| deadline.saturating_duration_since(Instant::now())) {
+                Some(Duration::ZERO) => return None,
+                Some(left) => {
+                    let waited = self.shared.arrived.wait_timeout(buffer, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+                None => self
+                    .shared
+                    .arrived
+                    .wait(buffer)
+                    .unwrap_or_else(PoisonError::into_inner),
+            };
+        }
+    }
+
+    /// Whether the VM is gone; what the stream still holds can be read.
+    pub fn is_closed(&self) -> bool {
+        self.shared.lock().closed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ready(index: usize) -> EventKind {
+        let unit = UnitName::new(format!("unit-{index}")).expect("a short name");
+        EventKind::DriverReady { unit, ready: true }
+    }
+
+    #[test]
+    fn a_stream_that_falls_behind_says_how_much_it_lost() {
+        let mut log = EventLog::default();
+        let stream = log.subscribe();
+        (0..STREAM_EVENTS_MAX + 3).for_each(|index| log.publish(ready(index)));
+        let lost = stream.next(Duration::ZERO).expect("events are waiting");
+        assert_eq!((lost.number, lost.kind), (3, EventKind::Lost { count: 3 }));
+        assert_eq!(stream.next(Duration::ZERO).map(|event| event.number), Some(4));
+    }
+
+    #[test]
+    fn a_stream_ends_with_its_vm_and_keeps_what_it_has() {
+        let mut log = EventLog::default();
+        let stream = log.subscribe();
+        log.publish(ready(1));
+        drop(log);
+        assert!(stream.is_closed());
+        assert_eq!(stream.next(Duration::MAX).map(|event| event.number), Some(1));
+        assert_eq!(stream.next(Duration::MAX), None);
+    }
+
+    #[test]
+    fn a_dropped_stream_costs_nothing() {
+        let mut log = EventLog::default();
+        drop(log.subscribe());
+        log.publish(ready(1));
+        assert!(log.streams.is_empty());
+    }
+}

@@ -1,0 +1,251 @@
+//! The device event loop: one thread per VM that waits for queue kicks, I/O completions and host input.
+//!
+//! Devices hand in file descriptors and a handler; the loop calls the handler when one becomes readable. Handlers are
+//! added and removed from any thread, vCPU threads included: both are messages to the loop and never wait for it, so
+//! a caller may hold the lock that its own handler takes. An idle loop sleeps in `epoll_wait`.
+
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use event_manager::{
+    EventManager, EventOps, EventSet, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId, SubscriberOps,
+};
+
+/// Reacts to readable file descriptors, on the loop's thread.
+pub trait EventHandler: Send + Sync {
+    /// The descriptor registered under `token` is readable. The handler makes it unreadable again (reads the
+    /// eventfd) or is called at once again. A descriptor removed meanwhile may still be reported once.
+    fn readable(&self, token: u32);
+}
+
+/// A descriptor the loop watches. Whoever registers it keeps it open until the [`Registration`] is dropped; the
+/// handler usually owns it, because the loop keeps the handler until the removal took effect.
+#[derive(Debug, Clone, Copy)]
+pub struct Source {
+    /// The descriptor.
+    pub fd: RawFd,
+    /// What the handler is told.
+    pub token: u32,
+}
+
+/// The thread of a VM's device event loop. Dropping it stops and joins the thread.
+pub struct EventLoop {
+    handle: LoopHandle,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Adds handlers to an [`EventLoop`]; cheap to clone.
+#[derive(Clone)]
+pub struct LoopHandle {
+    endpoint: RemoteEndpoint<Subscriber>,
+    stop: Arc<AtomicBool>,
+}
+
+/// The loop could not be started or has ended.
+#[derive(Debug, thiserror::Error)]
+pub enum LoopError {
+    /// The host refused epoll or its eventfd.
+    #[error("cannot make the device event loop: {0}")]
+    Manager(String),
+    /// The host refused the thread.
+    #[error("cannot start the device event loop's thread")]
+    Thread(#[source] io::Error),
+    /// The loop has ended, as it does when its VM is gone.
+    #[error("the device event loop has ended")]
+    Ended,
+}
+
+impl EventLoop {
+    /// Starts a loop on a thread of its own named `name` (the kernel shows 15 bytes of it).
+    ///
+    /// # Errors
+    /// [`LoopError`] when the host refuses.
+    pub fn start(name: &str) -> Result<Self, LoopError> {
+        let mut manager =
+            EventManager::<Subscriber>::new().map_err(|error| LoopError::Manager(error.to_string()))?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let handle = LoopHandle {
+            endpoint: manager.remote_endpoint(),
+            stop: stop.clone(),
+        };
+        let run = move || {
+            while !stop.load(Ordering::Acquire) {
+                if let Err(error) = manager.run() {
+                    log::error!("device event loop: {error}");
+                }
+            }
+        };
+        let thread = std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(run)
+            .map_err(LoopError::Thread)?;
+        Ok(Self {
+            handle,
+            thread: Some(thread),
+        })
+    }
+
+    /// A handle for those who add handlers.
+    pub fn handle(&self) -> LoopHandle {
+        self.handle.clone()
+    }
+}
+
+impl Drop for EventLoop {
+    fn drop(&mut self) {
+        self.handle.stop.store(true, Ordering::Release);
+        // The kick fails only when the loop has ended already.
+        let _ = self.handle.endpoint.kick();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::error!("the device event loop panicked");
+        }
+    }
+}
+
+impl LoopHandle {
+    /// Watches `sources` for `handler` until the registration is dropped.
+    ///
+    /// # Errors
+    /// [`LoopError::Ended`].
+    pub fn register(
+        &self,
+        sources: Vec<Source>,
+        handler: Arc<dyn EventHandler>,
+    ) -> Result<Registration, LoopError> {
+        let id = Arc::new(Mutex::new(None));
+        let slot = id.clone();
+        let add = move |ops: &mut dyn SubscriberOps<Subscriber = Subscriber>| {
+            let added = ops.add_subscriber(Subscriber { sources, handler });
+            *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(added);
+        };
+        self.endpoint.fire(add).map_err(|_| LoopError::Ended)?;
+        Ok(Registration {
+            endpoint: self.endpoint.clone(),
+            id,
+        })
+    }
+
+    /// Runs `job` once on the loop's thread, after everything registered before it.
+    ///
+    /// # Errors
+    /// [`LoopError::Ended`].
+    pub fn run_once(&self, job: impl FnOnce() + Send + 'static) -> Result<(), LoopError> {
+        self.endpoint.fire(move |_| job()).map_err(|_| LoopError::Ended)
+    }
+}
+
+/// Watched descriptors; dropping it stops the watch. The loop drops the handler soon after.
+#[must_use = "dropping the registration stops the watch"]
+pub struct Registration {
+    endpoint: RemoteEndpoint<Subscriber>,
+    id: Arc<Mutex<Option<SubscriberId>>>,
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        let id = self.id.clone();
+        // Requests are served in order, so the addition has been done when this runs. When the loop has ended, its
+        // handlers are gone with it.
+        let _ = self.endpoint.fire(move |ops| {
+            if let Some(id) = id.lock().unwrap_or_else(PoisonError::into_inner).take()
+                && let Err(error) = ops.remove_subscriber(id)
+            {
+                log::warn!("device event loop: cannot remove a handler: {error}");
+            }
+        });
+    }
+}
+
+struct Subscriber {
+    sources: Vec<Source>,
+    handler: Arc<dyn EventHandler>,
+}
+
+impl MutEventSubscriber for Subscriber {
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        if events.event_set().intersects(EventSet::ERROR | EventSet::HANG_UP)
+            && !events.event_set().contains(EventSet::IN)
+        {
+            // A dead peer would wake the loop for ever; the handler learns of it from its own reads and writes.
+            let _ = ops.remove(Events::with_data_raw(events.fd(), events.data(), EventSet::IN));
+        }
+        self.handler.readable(events.data());
+    }
+
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        for source in &self.sources {
+            let events = Events::with_data_raw(source.fd, source.token, EventSet::IN);
+            if let Err(error) = ops.add(events) {
+                log::error!(
+                    "device event loop: cannot watch descriptor {}: {error}",
+                    source.fd
+                );
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Sender, channel};
+
+    use std::os::fd::AsRawFd;
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    use super::*;
+
+    struct Tell {
+        fd: EventFd,
+        sender: Mutex<Sender<u32>>,
+    }
+
+    impl EventHandler for Tell {
+        fn readable(&self, token: u32) {
+            let _ = self.fd.read();
+            self.sender
+                .lock()
+                .expect("no panic while locked")
+                .send(token)
+                .expect("the test listens");
+        }
+    }
+
+    #[test]
+    fn a_handler_hears_its_descriptor_until_it_is_removed() {
+        let event_loop = EventLoop::start("test-loop").expect("the host has epoll");
+        let (sender, receiver) = channel();
+        let fd = EventFd::new(EFD_NONBLOCK).expect("the host has eventfds");
+        let kick = fd.try_clone().expect("descriptors are free");
+        let source = Source {
+            fd: fd.as_raw_fd(),
+            token: 7,
+        };
+        let handler = Arc::new(Tell {
+            fd,
+            sender: Mutex::new(sender),
+        });
+        let registration = event_loop
+            .handle()
+            .register(vec![source], handler)
+            .expect("the loop runs");
+        kick.write(1).expect("the counter is not full");
+        assert_eq!(receiver.recv(), Ok(7));
+        drop(registration);
+        // The handler held the only sender: its end shows that the loop let go of it.
+        assert!(receiver.recv().is_err());
+    }
+
+    #[test]
+    fn an_ended_loop_refuses_by_name() {
+        let event_loop = EventLoop::start("test-loop").expect("the host has epoll");
+        let handle = event_loop.handle();
+        drop(event_loop);
+        let error = handle.run_once(|| ()).expect_err("the loop has ended");
+        assert_eq!(error.to_string(), "the device event loop has ended");
+    }
+}

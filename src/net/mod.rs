@@ -1,0 +1,1 @@
+//! Where a network card's packets go: the NetBackend contract and the tap.

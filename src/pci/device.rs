@@ -1,0 +1,12 @@
+//! The contract between a PCI slot and the function in it.
+
+/// A PCI function. Its configuration space is 4 KiB (PCI Express 5.0 §7.2.2).
+///
+/// Called on vCPU threads with the guest's values: no offset, length or content may make it panic or block.
+pub trait PciDevice: Send + Sync {
+    /// The guest reads `data.len()` bytes (1, 2 or 4, naturally aligned) at `offset` (0–4095).
+    fn config_read(&self, offset: u16, data: &mut [u8]);
+
+    /// The guest writes `data` (1, 2 or 4 bytes, naturally aligned) at `offset` (0–4095).
+    fn config_write(&self, offset: u16, data: &[u8]);
+}

@@ -1,0 +1,1 @@
+//! virtio-net (virtio 1.2 §5.1).

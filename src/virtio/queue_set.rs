@@ -1,0 +1,150 @@
+//! A queue in the hands of a device: strict popping, completion and interrupt suppression in one place.
+//!
+//! `virtio-queue` stops silently at most malformed rings; a device must not. [`DeviceQueue::pop`] turns an impossible
+//! available index into a fault, and [`DeviceQueue::complete`] does the same for a used ring that cannot be written.
+
+use std::sync::Arc;
+
+use virtio_queue::desc::split::Descriptor as SplitDescriptor;
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::GuestMemoryMmap;
+
+use super::device::{DeviceFault, VirtioInterrupt};
+
+/// One active queue of a device.
+pub struct DeviceQueue {
+    index: u16,
+    queue: Queue,
+    memory: Arc<GuestMemoryMmap>,
+    interrupt: Arc<dyn VirtioInterrupt>,
+}
+
+impl DeviceQueue {
+    /// Hands a validated, ready `queue` to a device.
+    pub fn new(
+        index: u16,
+        queue: Queue,
+        memory: Arc<GuestMemoryMmap>,
+        interrupt: Arc<dyn VirtioInterrupt>,
+    ) -> Self {
+        Self {
+            index,
+            queue,
+            memory,
+            interrupt,
+        }
+    }
+
+    /// The queue's index in its device.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// The ring's state, for saving and inspection.
+    pub fn queue(&self) -> &Queue {
+        &self.queue
+    }
+
+    /// Guest memory.
+    pub fn memory(&self) -> &Arc<GuestMemoryMmap> {
+        &self.memory
+    }
+
+    /// Takes the next available chain; `None` when the driver offers none.
+    ///
+    /// # Errors
+    /// [`DeviceFault::Queue`] when the available ring is outside memory or its index jumped.
+    pub fn pop(&mut self) -> Result<Option<DescriptorChain<Arc<GuestMemoryMmap>>>, DeviceFault> {
+        let queue_index = self.index;
+        let fault = |error: virtio_queue::Error| DeviceFault::Queue {
+            queue_index,
+            reason: error.to_string(),
+        };
+        let mut available = self.queue.iter(self.memory.clone()).map_err(fault)?;
+        Ok(available.next())
+    }
+
+    /// Puts the last popped chain back, because there is no room or data for it now.
+    pub fn unpop(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
+    /// Returns chain `head_index` to the driver with `length_bytes` written into it. Does not interrupt.
+    ///
+    /// # Errors
+    /// [`DeviceFault::Queue`] when the head is out of range or the used ring is outside memory.
+    pub fn complete(&mut self, head_index: u16, length_bytes: u32) -> Result<(), DeviceFault> {
+        self.queue
+            .add_used(&*self.memory, head_index, length_bytes)
+            .map_err(|error| self.fault(&error))
+    }
+
+    /// Interrupts the driver for what was completed since the last call, unless it asked not to be.
+    ///
+    /// # Errors
+    /// [`DeviceFault::Queue`] when the ring is outside memory.
+    pub fn signal(&mut self) -> Result<(), DeviceFault> {
+        if self
+            .queue
+            .needs_notification(&*self.memory)
+            .map_err(|error| self.fault(&error))?
+        {
+            self.interrupt.signal_queue(self.index);
+        }
+        Ok(())
+    }
+
+    /// Interrupts the driver even if it asked not to be: once after restore and resume, when it is not known what
+    /// it has seen.
+    pub fn signal_always(&self) {
+        self.interrupt.signal_queue(self.index);
+    }
+
+    /// Stops kicks while the device polls the ring.
+    ///
+    /// # Errors
+    /// [`DeviceFault::Queue`] when the ring is outside memory.
+    pub fn disable_kicks(&mut self) -> Result<(), DeviceFault> {
+        self.queue
+            .disable_notification(&*self.memory)
+            .map_err(|error| self.fault(&error))
+    }
+
+    /// Asks for kicks again. `true` means that more chains came meanwhile and the device must pop again.
+    ///
+    /// # Errors
+    /// [`DeviceFault::Queue`] when the ring is outside memory.
+    pub fn enable_kicks(&mut self) -> Result<bool, DeviceFault> {
+        self.queue
+            .enable_notification(&*self.memory)
+            .map_err(|error| self.fault(&error))
+    }
+
+    /// A fault of this queue with its reason.
+    pub fn fault(&self, reason: &dyn std::fmt::Display) -> DeviceFault {
+        DeviceFault::Queue {
+            queue_index: self.index,
+            reason: reason.to_string(),
+        }
+    }
+}
+
+/// The descriptors of a chain, counted against the ring's size: a chain that the ring cuts short or that loops is a
+/// fault instead of a shorter chain.
+///
+/// # Errors
+/// [`DeviceFault::Queue`] when the last descriptor that could be read still announces a next one.
+pub fn descriptors(
+    chain: DescriptorChain<Arc<GuestMemoryMmap>>,
+    queue_index: u16,
+) -> Result<Vec<SplitDescriptor>, DeviceFault> {
+    let descriptors: Vec<_> = chain.map(SplitDescriptor::from).collect();
+    let complete = descriptors.last().is_some_and(|last| !last.has_next());
+    if complete {
+        return Ok(descriptors);
+    }
+    Err(DeviceFault::Queue {
+        queue_index,
+        reason: "descriptor chain is cut off, loops or is empty".to_owned(),
+    })
+}

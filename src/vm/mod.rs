@@ -1,0 +1,1 @@
+//! The VM object: decides, owns, orders.
