@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::env;
-use std::fs::{self, File};
+use std::fs;
 use std::path::PathBuf;
 
 use crate::agent;
 use crate::failure::{Context, Failure};
 use crate::hardware::Hardware;
 use crate::host_image;
+use crate::images;
 use crate::kernels::{Flavour, Kernel};
 use crate::order::Order;
 use crate::packages;
@@ -88,17 +89,8 @@ pub fn run(paths: &Paths, words: Vec<String>, extra: &[(&str, String)]) -> Resul
     }
 }
 
-/// Takes the lock that lets one process at a time fill the folder of artefacts; released when dropped.
-pub fn lock_artefacts(paths: &Paths) -> Result<File, Failure> {
-    fs::create_dir_all(&paths.guests).context(|| format!("create {}", paths.guests.display()))?;
-    let path = paths.guests.join(".lock");
-    let lock = File::create(&path).context(|| format!("create {}", path.display()))?;
-    lock.lock().context(|| format!("lock {}", path.display()))?;
-    Ok(lock)
-}
-
 fn prepare(paths: &Paths) -> Result<(TestHost, PathBuf), Failure> {
-    let _lock = lock_artefacts(paths)?;
+    let _lock = images::lock(paths)?;
     let kernel = Kernel::ensure(paths, Flavour::Generic)?;
     let initramfs = host_image::ensure(paths, &kernel)?;
     let modules = kernel.module_base().join("lib/modules").join(&kernel.release);

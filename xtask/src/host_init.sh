@@ -15,7 +15,7 @@ while read -r module; do
     esac || echo "XTASK-NOTE cannot load $module"
 done </modules.order
 
-share=trans=virtio,version=9p2000.L,msize=1048576
+share=trans=virtio,version=9p2000.L,msize=512000
 mkdir -p /lower /upper /root
 mount -t 9p -o $share,cache=loose,ro hostroot /lower || fail "cannot mount the outer root"
 mount -t tmpfs -o size=75% upper /upper && mkdir /upper/data /upper/work

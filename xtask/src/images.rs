@@ -1,6 +1,6 @@
 //! What the two initial file systems of this tool have in common: busybox, and being replaced only when they change.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
 use std::process::Command;
 
@@ -10,6 +10,15 @@ use crate::failure::{Context, Failure};
 use crate::paths::Paths;
 use crate::process;
 use crate::progress::step;
+
+/// Takes the lock that lets one process at a time fill the folder of artefacts; released when dropped.
+pub fn lock(paths: &Paths) -> Result<File, Failure> {
+    fs::create_dir_all(&paths.guests).context(|| format!("create {}", paths.guests.display()))?;
+    let path = paths.guests.join(".lock");
+    let lock = File::create(&path).context(|| format!("create {}", path.display()))?;
+    lock.lock().context(|| format!("lock {}", path.display()))?;
+    Ok(lock)
+}
 
 /// An archive with busybox under every name it answers to, and the folders every system mounts.
 pub fn with_busybox(paths: &Paths) -> Result<Archive, Failure> {

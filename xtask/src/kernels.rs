@@ -139,8 +139,9 @@ fn decompressor(payload: &[u8]) -> Result<(&'static str, &'static [&'static str]
         [0x1f, 0x8b, ..] => Ok(("gzip", &["-dc"], 0)),
         [0xfd, b'7', b'z', b'X', b'Z', ..] => Ok(("xz", &["-dc"], 4)),
         [0x28, 0xb5, 0x2f, 0xfd, ..] => Ok(("zstd", &["-dc"], 4)),
+        [0x02, 0x21, 0x4c, 0x18, ..] => Ok(("lz4", &["-dc"], 4)),
         _ => Err(Failure::new(
-            "the kernel's payload is compressed with none of gzip, xz, zstd",
+            "the kernel's payload is compressed with none of gzip, xz, zstd, lz4",
         )),
     }
 }

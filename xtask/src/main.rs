@@ -1,7 +1,8 @@
 //! `cargo xtask`: what a contributor and the continuous integration run.
 //!
 //! ```text
-//! cargo xtask host -- CMD…          run a command where KVM is real
+//! cargo xtask host -- CMD…     run a command where KVM is real
+//! cargo xtask guests           fetch and build what guests are started from
 //! ```
 //!
 //! KVM is real on this machine when it has vmx or svm; otherwise a *test host* with them is emulated.
@@ -10,6 +11,8 @@ mod agent;
 mod archive;
 mod debian;
 mod failure;
+mod guest_image;
+mod guests;
 mod hardware;
 mod host;
 mod host_image;
@@ -31,7 +34,9 @@ use std::process::ExitCode;
 use crate::failure::Failure;
 use crate::paths::Paths;
 
-const USAGE: &str = "usage: cargo xtask host -- CMD…   run a command where KVM is real (emulated if need be)";
+const USAGE: &str = "usage:
+  cargo xtask host -- CMD…     run a command where KVM is real
+  cargo xtask guests           fetch and build what guests are started from";
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
@@ -48,6 +53,7 @@ fn dispatch(words: &[String]) -> Result<i32, Failure> {
     let (name, rest) = words.split_first().ok_or_else(|| Failure::new(USAGE))?;
     match name.as_str() {
         "host" => host::run(&Paths::find()?, after_dashes(rest), &[]),
+        "guests" => guests::ensure(&Paths::find()?).map(|()| 0),
         // Not for people: the half that runs inside the test host.
         "inside" => agent::run(Path::new(rest.first().map_or("", String::as_str))).map(|()| 0),
         _ => Err(Failure::new(USAGE)),

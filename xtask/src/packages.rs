@@ -16,47 +16,27 @@ pub struct Package {
     program: &'static str,
 }
 
+impl Package {
+    const fn new(name: &'static str, program: &'static str) -> Self {
+        Package { name, program }
+    }
+}
+
 /// Needed for every guest: the emulator, module order, the kernel's compression, images, device mapper, networks.
 pub const GUESTS: &[Package] = &[
-    Package {
-        name: "qemu-system-x86",
-        program: "qemu-system-x86_64",
-    },
-    Package {
-        name: "kmod",
-        program: "depmod",
-    },
-    Package {
-        name: "xz-utils",
-        program: "xz",
-    },
-    Package {
-        name: "zstd",
-        program: "zstd",
-    },
-    Package {
-        name: "e2fsprogs",
-        program: "mkfs.ext4",
-    },
-    Package {
-        name: "dmsetup",
-        program: "dmsetup",
-    },
-    Package {
-        name: "iproute2",
-        program: "ip",
-    },
-    Package {
-        name: "iputils-ping",
-        program: "ping",
-    },
+    Package::new("qemu-system-x86", "qemu-system-x86_64"),
+    Package::new("kmod", "depmod"),
+    Package::new("xz-utils", "xz"),
+    Package::new("lz4", "lz4"),
+    Package::new("zstd", "zstd"),
+    Package::new("e2fsprogs", "mkfs.ext4"),
+    Package::new("dmsetup", "dmsetup"),
+    Package::new("iproute2", "ip"),
+    Package::new("iputils-ping", "ping"),
 ];
 
 /// Needed to build a Debian root image.
-pub const DEBIAN_IMAGE: &[Package] = &[Package {
-    name: "mmdebstrap",
-    program: "mmdebstrap",
-}];
+pub const DEBIAN_IMAGE: &[Package] = &[Package::new("mmdebstrap", "mmdebstrap")];
 
 /// Installs what is missing of `wanted`, as root or through sudo.
 ///
