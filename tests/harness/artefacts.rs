@@ -1,7 +1,7 @@
 //! The kernels and images that guests are started from, as `cargo xtask guests` leaves them.
 //!
 //! The initial file system's words of the kernel command line: `harness.modules=all|none|NAME,NAME…`,
-//! `harness.port=ttyS1`, `harness.exit=poweroff|reboot|panic|triplefault|idle`.
+//! `harness.port=ttyS1`, `harness.root=/dev/vda` (run that disk's init), `harness.exit=poweroff|reboot|panic|triplefault|idle`.
 
 use std::env;
 use std::fs;
@@ -41,7 +41,8 @@ pub fn folder() -> PathBuf {
     env::var_os("VM_LIFECYCLE_GUESTS").map_or_else(default, PathBuf::from)
 }
 
-/// A Debian root file system (ext4, systemd as init) to boot from a disk; copy it before writing to it.
+/// A Debian root file system (ext4, systemd, udev, qemu-guest-agent, the command server) for a disk; booted with
+/// `harness.root=/dev/vda`. Copy it, or lay an overlay on it, before a guest writes to it.
 pub fn debian_image() -> io::Result<PathBuf> {
     present(folder().join("debian.img"))
 }

@@ -120,7 +120,7 @@ impl GuestShell {
     pub fn wait_until(&mut self, command: &str, within: Duration) -> Result<String, ShellError> {
         let tries = within.as_millis() / 20;
         let repeated = format!(
-            "i=0; until ( {command} ) >/run/probe 2>&1; do i=$((i+1)); [ $i -gt {tries} ] && exit 1; usleep 20000; \
+            "i=0; until ( {command} ) >/run/probe 2>&1; do i=$((i+1)); [ $i -gt {tries} ] && exit 1; sleep 0.02; \
              done; cat /run/probe"
         );
         let output = match self.run_within(&repeated, within)? {

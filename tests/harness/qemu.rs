@@ -1,7 +1,7 @@
 //! The same guest under QEMU: to prove the guest's image with a VMM that is known to work, and to compare with.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use super::artefacts::{GuestKernel, PORT_NAME};
 use super::wait;
+
+const MONITOR_WITHIN: Duration = Duration::from_secs(30);
 
 /// A guest to start under QEMU.
 #[derive(Clone, Debug)]
@@ -117,9 +119,13 @@ impl QemuGuest {
         self.listener.accept().map(|(stream, _)| stream)
     }
 
-    /// QEMU's monitor (the human one).
-    pub fn monitor(&self) -> io::Result<UnixStream> {
-        UnixStream::connect(self.folder.path().join("monitor"))
+    /// Gives QEMU's monitor (the human one) a command and returns what it says to it.
+    pub fn command(&self, command: &str) -> io::Result<String> {
+        let mut monitor = UnixStream::connect(self.file("monitor"))?;
+        monitor.set_read_timeout(Some(MONITOR_WITHIN))?;
+        until_prompt(&mut monitor)?;
+        monitor.write_all(format!("{command}\n").as_bytes())?;
+        until_prompt(&mut monitor)
     }
 
     /// What the guest wrote on its serial console, and what QEMU itself said.
@@ -138,6 +144,19 @@ impl QemuGuest {
     fn file(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
+}
+
+/// What the monitor writes up to its next prompt.
+fn until_prompt(monitor: &mut UnixStream) -> io::Result<String> {
+    let mut said = String::new();
+    while !said.ends_with("(qemu) ") {
+        let mut buffer = [0; 4096];
+        match monitor.read(&mut buffer)? {
+            0 => break,
+            length => said.push_str(&String::from_utf8_lossy(&buffer[..length])),
+        }
+    }
+    Ok(said)
 }
 
 impl Drop for QemuGuest {

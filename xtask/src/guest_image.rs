@@ -1,5 +1,5 @@
-//! The initial file system of the guests under test: busybox, the drivers of the devices a guest may have, and an init
-//! that serves commands (see `guest_init.sh`).
+//! The initial file system of the guests under test: busybox, the drivers of the devices a guest may have, an init
+//! (`guest_init.sh`) and the command server (`guest_server.sh`).
 
 use std::path::PathBuf;
 
@@ -23,6 +23,9 @@ const MODULES: &[&str] = &[
     "vmgenid",
 ];
 
+/// The command server, for this image and for the Debian one.
+pub const SERVER: &str = include_str!("guest_server.sh");
+
 /// Builds the image from `kernel`'s modules beside the kernel and returns where it is.
 pub fn ensure(paths: &Paths, kernel: &Kernel) -> Result<PathBuf, Failure> {
     let mut archive = images::with_busybox(paths)?;
@@ -41,6 +44,7 @@ pub fn ensure(paths: &Paths, kernel: &Kernel) -> Result<PathBuf, Failure> {
     }
     archive.file("modules/all.order", 0o644, lines(&all).as_bytes());
     archive.file("init", 0o755, include_bytes!("guest_init.sh"));
+    archive.file("bin/harness-server", 0o755, SERVER.as_bytes());
     archive.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n");
     archive.file("etc/group", 0o644, b"root:x:0:\n");
     // Where busybox's acpid looks for the action of a pressed power button unless it is told otherwise.

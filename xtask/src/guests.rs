@@ -1,5 +1,6 @@
-//! Everything guests are started from, in one folder: kernels, initial file systems.
+//! Everything guests are started from, in one folder: kernels, initial file systems, a Debian disk.
 
+use crate::debian_image;
 use crate::failure::Failure;
 use crate::guest_image;
 use crate::images;
@@ -17,6 +18,6 @@ pub fn ensure(paths: &Paths) -> Result<(), Failure> {
             let kernel = Kernel::ensure(paths, flavour)?;
             guest_image::ensure(paths, &kernel)?;
         }
-        Ok(())
+        debian_image::ensure(paths).map(drop)
     })
 }

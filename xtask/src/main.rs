@@ -15,6 +15,7 @@ mod archive;
 mod bench;
 mod cargo;
 mod debian;
+mod debian_image;
 mod demo;
 mod failure;
 mod fuzz;

@@ -86,7 +86,8 @@ fn install_once(names: &[&str]) -> Result<(), Failure> {
     process::capture(&mut command).map(drop)
 }
 
-fn as_root(program: &str) -> Result<Command, Failure> {
+/// A command that runs as root, through sudo where this process does not.
+pub fn as_root(program: &str) -> Result<Command, Failure> {
     // SAFETY: geteuid takes no arguments, touches no memory and cannot fail.
     let root = unsafe { libc::geteuid() } == 0;
     let mut command = if root {
