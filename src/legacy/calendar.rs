@@ -110,7 +110,7 @@ fn days_before_month(month: i64) -> i64 {
 }
 
 fn to_bcd(value: i64) -> u8 {
-    ((value / 10) << 4 | value % 10) as u8
+    ((value / 10 * 16) + value % 10) as u8
 }
 
 fn from_bcd(value: u8) -> Option<i64> {
