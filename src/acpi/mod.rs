@@ -1,1 +1,26 @@
-//! ACPI as the guest sees it: tables, the DSDT's devices, the Generic Event Device, power.
+//! ACPI as the guest sees it: tables, the DSDT's devices, the register page with the Generic Event Device, power.
+//!
+//! The platform is hardware-reduced (ACPI 6.5 §4.1): no SCI, no fixed registers, no PM timer. What the guest must be
+//! told goes through one edge-triggered interrupt of the Generic Event Device. AML reads registers only when that
+//! interrupt came, so booting costs no exits here.
+//!
+//! | file | what it is |
+//! |---|---|
+//! | [`tables`] | RSDP, XSDT, FADT, MADT, MCFG and where they lie |
+//! | [`dsdt`] | the devices: host bridges, resources, serial port, clock, GED, power button, panic port |
+//! | [`device`] | the register page on the bus, and its place among the units |
+//! | [`ged`] | pending events and their interrupt |
+//! | [`power`] | sleep and reset registers |
+//! | [`pvpanic`] | the port through which a guest's kernel reports its panic |
+//! | [`saved`] | the frozen saved forms |
+
+pub mod device;
+pub mod dsdt;
+pub mod ged;
+pub mod power;
+pub mod pvpanic;
+pub mod saved;
+pub mod tables;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,41 @@
+//! The frozen saved forms of the ACPI register page and of the panic port. Both are read from untrusted sections.
+
+use serde::{Deserialize, Serialize};
+
+use super::ged::GedEvent;
+use crate::unit::RestoreError;
+
+/// The schema of [`AcpiStateV1`].
+pub const ACPI_SCHEMA: u32 = 1;
+/// The schema of [`PvpanicStateV1`].
+pub const PVPANIC_SCHEMA: u32 = 1;
+
+/// The state of the ACPI register page, schema 1.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AcpiStateV1 {
+    /// The select register: events that the guest has not read.
+    pub ged_pending: u32,
+}
+
+impl AcpiStateV1 {
+    /// Checks the values.
+    ///
+    /// # Errors
+    /// [`RestoreError::Value`] when an event is pending that does not exist.
+    pub fn checked(self) -> Result<Self, RestoreError> {
+        if self.ged_pending & !GedEvent::ALL_BITS != 0 {
+            return Err(RestoreError::Value {
+                field: "ged_pending",
+                value: format!("{:#x}", self.ged_pending),
+                reason: "it names events that this machine does not have",
+            });
+        }
+        Ok(self)
+    }
+}
+
+/// The state of the panic port, schema 1: it holds none, and says so.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PvpanicStateV1 {}
