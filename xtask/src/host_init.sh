@@ -4,6 +4,7 @@
 export PATH=/bin
 fail() { echo "XTASK-FATAL $1"; poweroff -f; }
 
+dmesg -n 4
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev

@@ -21,8 +21,10 @@ use crate::paths::Paths;
 use crate::progress::note;
 use crate::qemu;
 
-/// Without a line on the console for this long the host counts as hung; alive it writes one every two seconds.
-const SILENCE_MAX: Duration = Duration::from_secs(120);
+/// Without a line on the console for this long a booting host counts as hung; the boot log pauses for a second at most.
+const BOOT_SILENCE_MAX: Duration = Duration::from_secs(40);
+/// The same for a host that is up and says every two seconds that it is alive.
+const SILENCE_MAX: Duration = Duration::from_secs(90);
 const ATTEMPTS_MAX: u32 = 3;
 const CONSOLE_LINES_SHOWN: usize = 30;
 /// What Linux writes when a CPU no longer gets anywhere, or when it gives up.
@@ -96,14 +98,18 @@ fn watch(child: &mut Child, console: ChildStdout, control: &Path) -> Ending {
     let lines = read_lines(console);
     let mut shown = Vec::new();
     let began = Instant::now();
+    let mut silence_max = BOOT_SILENCE_MAX;
     let hang = loop {
-        match lines.recv_timeout(SILENCE_MAX) {
+        match lines.recv_timeout(silence_max) {
             Ok(line) => match judge(&line) {
                 Line::Alive => {}
-                Line::Started => note(&format!(
-                    "test host up after {:.1} s",
-                    began.elapsed().as_secs_f64()
-                )),
+                Line::Started => {
+                    silence_max = SILENCE_MAX;
+                    note(&format!(
+                        "test host up after {:.1} s",
+                        began.elapsed().as_secs_f64()
+                    ));
+                }
                 Line::Other => shown.push(line),
                 Line::Hang => {
                     shown.push(line);
@@ -112,7 +118,7 @@ fn watch(child: &mut Child, console: ChildStdout, control: &Path) -> Ending {
             },
             Err(RecvTimeoutError::Disconnected) => break None,
             Err(RecvTimeoutError::Timeout) => {
-                break Some(format!("no sign of life for {} s", SILENCE_MAX.as_secs()));
+                break Some(format!("no sign of life for {} s", silence_max.as_secs()));
             }
         }
     };
@@ -131,7 +137,7 @@ fn watch(child: &mut Child, console: ChildStdout, control: &Path) -> Ending {
                 Err(error) => format!("it ended without an answer ({error})"),
             });
             let begin = shown.len().saturating_sub(CONSOLE_LINES_SHOWN);
-            let said = fs::read_to_string(control.join("qemu.log")).unwrap_or_default();
+            let said = qemu::log(control);
             Ending::HostFailed(format!(
                 "{why}\nits console:\n{}\nQEMU said:\n{said}",
                 shown[begin..].join("\n")
