@@ -3,11 +3,14 @@
 //! `virtio-queue` stops silently at most malformed rings; a device must not. [`DeviceQueue::pop`] turns an impossible
 //! available index into a fault, and [`DeviceQueue::complete`] does the same for a used ring that cannot be written.
 
+use std::num::Wrapping;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::desc::split::Descriptor as SplitDescriptor;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::device::{DeviceFault, VirtioInterrupt};
 
@@ -17,6 +20,8 @@ pub struct DeviceQueue {
     queue: Queue,
     memory: Arc<GuestMemoryMmap>,
     interrupt: Arc<dyn VirtioInterrupt>,
+    /// The used index up to which the driver was told or needed not to be told.
+    signalled: Wrapping<u16>,
 }
 
 impl DeviceQueue {
@@ -29,6 +34,7 @@ impl DeviceQueue {
     ) -> Self {
         Self {
             index,
+            signalled: Wrapping(queue.next_used()),
             queue,
             memory,
             interrupt,
@@ -79,19 +85,63 @@ impl DeviceQueue {
             .map_err(|error| self.fault(&error))
     }
 
-    /// Interrupts the driver for what was completed since the last call, unless it asked not to be.
+    /// Returns several `(head_index, length_bytes)` to the driver at once: it sees all of them or none, as a packet
+    /// spread over several buffers needs (virtio 1.2 §5.1.6.4). Does not interrupt.
+    ///
+    /// # Errors
+    /// [`DeviceFault::Queue`] when a head is out of range or the used ring is outside memory.
+    pub fn complete_together(&mut self, chains: &[(u16, u32)]) -> Result<(), DeviceFault> {
+        let Some((&(last_head, last_length), earlier)) = chains.split_last() else {
+            return Ok(());
+        };
+        // Entries ahead of the index are the device's until the last completion publishes the index.
+        let mut next_used = self.queue.next_used();
+        for &(head_index, length_bytes) in earlier {
+            if head_index >= self.queue.size() {
+                return Err(self.fault(&format_args!("head {head_index} is out of range")));
+            }
+            // virtio 1.2 §2.7.8: flags and index (4 bytes), then entries of le32 id and le32 length.
+            let offset = 4 + 8 * u64::from(next_used % self.queue.size());
+            let entry = (u64::from(length_bytes) << 32 | u64::from(head_index)).to_le();
+            let address = GuestAddress(self.queue.used_ring().wrapping_add(offset));
+            self.memory
+                .write_obj(entry, address)
+                .map_err(|error| self.fault(&error))?;
+            next_used = next_used.wrapping_add(1);
+        }
+        self.queue.set_next_used(next_used);
+        self.complete(last_head, last_length)
+    }
+
+    /// Interrupts the driver for what was completed since the last call, unless it asked not to be
+    /// (virtio 1.2 §2.7.7.2).
     ///
     /// # Errors
     /// [`DeviceFault::Queue`] when the ring is outside memory.
     pub fn signal(&mut self) -> Result<(), DeviceFault> {
-        if self
-            .queue
-            .needs_notification(&*self.memory)
-            .map_err(|error| self.fault(&error))?
-        {
+        let used = Wrapping(self.queue.next_used());
+        let before = std::mem::replace(&mut self.signalled, used);
+        // The driver must see the used index before its wish is read, else both sides may sleep.
+        fence(Ordering::SeqCst);
+        let wanted = if self.queue.event_idx_enabled() {
+            let used_event = Wrapping(self.available_u16(4 + 2 * u64::from(self.queue.size()))?);
+            used - used_event - Wrapping(1) < used - before
+        } else {
+            used != before && u32::from(self.available_u16(0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0
+        };
+        if wanted {
             self.interrupt.signal_queue(self.index);
         }
         Ok(())
+    }
+
+    /// The field at byte `offset` of the available ring (virtio 1.2 §2.7.6).
+    fn available_u16(&self, offset: u64) -> Result<u16, DeviceFault> {
+        let address = GuestAddress(self.queue.avail_ring().wrapping_add(offset));
+        self.memory
+            .load::<u16>(address, Ordering::Relaxed)
+            .map(u16::from_le)
+            .map_err(|error| self.fault(&error))
     }
 
     /// Interrupts the driver even if it asked not to be: once after restore and resume, when it is not known what
@@ -138,7 +188,7 @@ pub fn descriptors(
     chain: DescriptorChain<Arc<GuestMemoryMmap>>,
     queue_index: u16,
 ) -> Result<Vec<SplitDescriptor>, DeviceFault> {
-    let descriptors: Vec<_> = chain.map(SplitDescriptor::from).collect();
+    let descriptors: Vec<_> = chain.collect();
     let complete = descriptors.last().is_some_and(|last| !last.has_next());
     if complete {
         return Ok(descriptors);
