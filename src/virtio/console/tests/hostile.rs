@@ -54,15 +54,15 @@ fn fault(queue_index: u16, buffers: &[(&[u8], u16)]) -> String {
     let mut guest = Guest::new(&["console", "agent"], MULTIPORT);
     let host = guest.ports.connect(&port_name("agent")).expect("the port exists");
     std::io::Write::write_all(&mut &host, b"input").expect("the socket has room");
-    guest.control(1, 6, 1);
-    guest.run();
-    if queue_index == 2 {
-        guest.control(1, 3, 1);
+    match queue_index {
+        // Leaves the device with messages to send and no buffers for them.
+        2 => guest.control(1, 3, 1),
+        _ => guest.start(&[1]),
     }
     guest.offer(queue_index, buffers);
     let fault = guest.kick(queue_index).expect_err("the driver broke the rules");
-    // The device is still until it is reset, whatever happens to it.
-    assert!(!guest.is_readable(), "{fault}");
+    // The device is still until it is reset, whatever happens to it, and does not keep the loop awake.
+    guest.run();
     drop(host);
     let _other = guest.ports.connect(&port_name("agent")).expect("the port exists");
     guest.run();
