@@ -26,7 +26,7 @@ pub use builder::{CMDLINE_MAX_BYTES, CPUS_MAX, ConfigError, PATH_MAX_BYTES, VmCo
 pub use disk::{DiskConfig, DiskSpec};
 pub use document::{DOCUMENT_MAX_BYTES, DocumentError, read, write};
 pub use memory::{
-    HUGE_PAGE_BYTES, MEMORY_MAX_BYTES, MemoryConfig, RUNTIME_MEMORY_STEP_BYTES, STARTUP_MIN_BYTES,
+    ByteSize, HUGE_PAGE_BYTES, MEMORY_MAX_BYTES, MemoryConfig, RUNTIME_MEMORY_STEP_BYTES, STARTUP_MIN_BYTES,
     STARTUP_STEP_BYTES,
 };
 pub use nic::{NicConfig, NicSpec, QUEUE_PAIRS_MAX, TAP_NAME_MAX_BYTES};
@@ -110,3 +110,6 @@ impl VmConfig {
 
 #[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+mod doc_tests;
