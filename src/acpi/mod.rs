@@ -14,6 +14,8 @@
 //! | [`pvpanic`] | the port through which a guest's kernel reports its panic |
 //! | [`saved`] | the frozen saved forms |
 
+#![forbid(unsafe_code)]
+
 pub mod device;
 pub mod dsdt;
 pub mod ged;

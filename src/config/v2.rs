@@ -1,0 +1,61 @@
+//! The document of configuration version 2.0, frozen: a change here breaks every VM that an older library wrote.
+//!
+//! It is also the form in which every document is read and from which every document is written: older ones step up
+//! to it and down from it.
+
+use serde::{Deserialize, Serialize};
+
+use super::version::ConfigVersion;
+use crate::ids::{Bdf, DiskName, MacAddr, NicName, VmId, VmName};
+
+/// A document of version 2.0.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DocumentV2 {
+    pub format: String,
+    pub version: ConfigVersion,
+    pub id: VmId,
+    pub name: VmName,
+    pub cpus: u8,
+    pub memory: MemoryV2,
+    pub boot: BootV2,
+    pub disks: Vec<DiskV2>,
+    pub nics: Vec<NicV2>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryV2 {
+    pub startup_bytes: u64,
+    pub maximum_bytes: u64,
+    pub huge_pages: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootV2 {
+    pub kernel: String,
+    #[serde(deserialize_with = "Option::deserialize")] // null is said, not left out
+    pub initrd: Option<String>,
+    pub cmdline: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskV2 {
+    pub name: DiskName,
+    pub path: String,
+    pub read_only: bool,
+    pub bdf: Bdf,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NicV2 {
+    pub name: NicName,
+    pub tap: String,
+    pub queue_pairs: u16,
+    pub mac: MacAddr,
+    pub bdf: Bdf,
+    pub link_up: bool,
+}
