@@ -28,7 +28,11 @@ pub const REQUIREMENTS: [Requirement; 22] = [
     need(Cap::Irqchip, "KVM_CAP_IRQCHIP", "the interrupt controllers"),
     need(Cap::Pit2, "KVM_CAP_PIT2", "the interval timer"),
     need(Cap::PitState2, "KVM_CAP_PIT_STATE2", "saving the interval timer"),
-    need(Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR", "real mode on Intel hosts"),
+    need(
+        Cap::SetTssAddr,
+        "KVM_CAP_SET_TSS_ADDR",
+        "real mode on Intel hosts",
+    ),
     need(
         Cap::SetIdentityMapAddr,
         "KVM_CAP_SET_IDENTITY_MAP_ADDR",
@@ -58,7 +62,11 @@ pub const REQUIREMENTS: [Requirement; 22] = [
         "KVM_CAP_XSAVE2 (Linux 5.17)",
         "saving a vCPU's vector registers",
     ),
-    need(Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK", "stopping the guest's clock"),
+    need(
+        Cap::AdjustClock,
+        "KVM_CAP_ADJUST_CLOCK",
+        "stopping the guest's clock",
+    ),
     need(
         Cap::KvmclockCtrl,
         "KVM_CAP_KVMCLOCK_CTRL",

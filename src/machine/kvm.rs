@@ -8,8 +8,8 @@ use std::io;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting,
-    kvm_cpuid_entry2, kvm_irq_routing_entry, kvm_pit_config, kvm_userspace_memory_region,
+    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting, kvm_cpuid_entry2,
+    kvm_irq_routing_entry, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VcpuFd, VmFd};
 use vmm_sys_util::errno;
@@ -42,7 +42,9 @@ pub(super) struct Host {
 #[derive(Debug, thiserror::Error)]
 pub enum KvmError {
     /// The host has no KVM: the device is absent.
-    #[error("/dev/kvm does not exist: the host has no hardware virtualization or its kvm module is not loaded")]
+    #[error(
+        "/dev/kvm does not exist: the host has no hardware virtualization or its kvm module is not loaded"
+    )]
     Absent,
     /// This process may not use KVM.
     #[error("/dev/kvm may not be opened by this process")]
@@ -125,7 +127,11 @@ impl Kvm {
 
     /// How many bits a guest-physical address can have on this host (CPUID 0x80000008 EAX bits 7–0).
     pub fn physical_address_bits(&self) -> u32 {
-        let leaf = self.host.supported_cpuid.iter().find(|entry| entry.function == 0x8000_0008);
+        let leaf = self
+            .host
+            .supported_cpuid
+            .iter()
+            .find(|entry| entry.function == 0x8000_0008);
         // 36 bits is what a CPU without this leaf has (Intel SDM 3A §4.1.4).
         leaf.map_or(36, |entry| entry.eax & 0xFF)
     }
@@ -141,7 +147,8 @@ impl Kvm {
             .map_err(refused("the identity map address"))?;
         fd.set_tss_address(KVM_TSS_BASE as usize)
             .map_err(refused("the tss address"))?;
-        fd.create_irq_chip().map_err(refused("the interrupt controllers"))?;
+        fd.create_irq_chip()
+            .map_err(refused("the interrupt controllers"))?;
         let pit = kvm_pit_config {
             // Port 0x61 is answered in the kernel, which some kernels poll while they calibrate clocks.
             flags: KVM_PIT_SPEAKER_DUMMY,
@@ -201,8 +208,8 @@ impl HostVm for KvmVm {
     }
 
     fn set_gsi_routing(&self, entries: &[kvm_irq_routing_entry]) -> io::Result<()> {
-        let routing = KvmIrqRouting::from_entries(entries)
-            .map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))?;
+        let routing =
+            KvmIrqRouting::from_entries(entries).map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))?;
         Ok(self.fd.set_gsi_routing(&routing)?)
     }
 
@@ -255,10 +262,12 @@ mod tests {
         let fd = EventFd::new(0).expect("descriptors are free");
         vm.register_irqfd(&fd, 5).expect("gsi 5 exists");
         vm.unregister_irqfd(&fd, 5).expect("it was registered");
-        vm.register_ioevent(&fd, 0xC000_0000).expect("the address is free");
+        vm.register_ioevent(&fd, 0xC000_0000)
+            .expect("the address is free");
         let error = vm.register_ioevent(&fd, 0xC000_0000).expect_err("taken");
         assert_eq!(error.raw_os_error(), Some(libc::EEXIST));
-        vm.unregister_ioevent(&fd, 0xC000_0000).expect("it was registered");
+        vm.unregister_ioevent(&fd, 0xC000_0000)
+            .expect("it was registered");
         vm.set_gsi_routing(&[]).expect("an empty table is allowed");
         assert!(kvm.vcpu_count_max() >= 1 && kvm.memslot_count_max() >= 2);
         assert!((32..=57).contains(&kvm.physical_address_bits()));

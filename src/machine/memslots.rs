@@ -183,10 +183,7 @@ mod tests {
     use crate::machine::fake::FakeVm;
 
     fn memory() -> Arc<GuestMemoryMmap> {
-        let ranges = [
-            (GuestAddress(0), 0x4000),
-            (GuestAddress(0x1_0000), 0x4000),
-        ];
+        let ranges = [(GuestAddress(0), 0x4000), (GuestAddress(0x1_0000), 0x4000)];
         Arc::new(GuestMemoryMmap::from_ranges(&ranges).expect("small ranges map"))
     }
 

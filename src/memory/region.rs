@@ -81,7 +81,9 @@ pub enum RamError {
         host_bytes: u64,
     },
     /// The guest could not address its end.
-    #[error("ram of {size_bytes} bytes ends at {end:#x}, beyond the {address_bits} address bits of the guest")]
+    #[error(
+        "ram of {size_bytes} bytes ends at {end:#x}, beyond the {address_bits} address bits of the guest"
+    )]
     BeyondAddress {
         /// What was asked for.
         size_bytes: u64,
@@ -110,7 +112,13 @@ impl GuestRam {
     /// # Errors
     /// [`RamError`] when the size is impossible, with the limit, or when the host refuses.
     pub fn new(size_bytes: u64, options: RamOptions, address_bits: u32) -> Result<Self, RamError> {
-        let host_error = |what| move |source| RamError::Host { what, size_bytes, source };
+        let host_error = |what| {
+            move |source| RamError::Host {
+                what,
+                size_bytes,
+                source,
+            }
+        };
         let host_bytes = host_memory_bytes().map_err(host_error("to tell its memory"))?;
         check(size_bytes, options, address_bits, host_bytes)?;
         let file = memory_file(size_bytes, options).map_err(host_error("a memory file"))?;
@@ -269,7 +277,11 @@ fn memory_file(size_bytes: u64, options: RamOptions) -> io::Result<File> {
 fn map(file: &Arc<File>, range: RamRange, options: RamOptions) -> io::Result<GuestRegionMmap> {
     let length = usize::try_from(range.size_bytes).map_err(io::Error::other)?;
     // Huge pages are reserved by the mapping: without them, a guest's access would kill this process.
-    let no_reserve = if options.huge_pages { 0 } else { libc::MAP_NORESERVE };
+    let no_reserve = if options.huge_pages {
+        0
+    } else {
+        libc::MAP_NORESERVE
+    };
     let mapping = MmapRegionBuilder::new(length)
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(libc::MAP_SHARED | no_reserve)
