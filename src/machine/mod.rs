@@ -1,8 +1,15 @@
 //! KVM and nothing above it: the host's VM, its memslots, interrupts, ioeventfds and vCPUs.
 
+pub mod caps;
+pub mod clock;
 pub mod fake;
 pub mod gsi;
 pub mod ioevents;
+pub mod irqchip;
+pub mod kvm;
+pub mod memslots;
+pub mod saved;
+pub mod vcpu;
 
 use std::io;
 

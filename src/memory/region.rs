@@ -1,0 +1,310 @@
+//! Guest RAM: one file in memory, mapped into this process and shown to the guest around the 32-bit hole.
+//!
+//! ```text
+//! file     0 ............. 3 GiB ......... end
+//! guest    0 ... LOW_RAM_END     HIGH_RAM_START ...
+//! ```
+//!
+//! Pages are taken from the host when the guest first touches them. A file rather than anonymous memory, because
+//! its holes can be punched and counted, and because other processes can be given it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::FromRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+use super::layout::{HIGH_RAM_START, LOW_RAM_END};
+use crate::machine::memslots::{Memslot, MemslotError, Memslots};
+
+/// The least RAM a VM can have, in bytes.
+pub const RAM_MIN_BYTES: u64 = 64 << 20;
+/// RAM is a multiple of this, in bytes.
+pub const RAM_GRANULE_BYTES: u64 = 1 << 20;
+/// The size of a huge page; RAM made of them is a multiple of it.
+pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
+
+/// How guest RAM is made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RamOptions {
+    /// Takes the RAM from the host's pool of 2 MiB pages (hugetlb), all of it reserved at once.
+    pub huge_pages: bool,
+}
+
+/// One piece of guest RAM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RamRange {
+    /// The first guest-physical address.
+    pub guest_address: u64,
+    /// The length in bytes.
+    pub size_bytes: u64,
+    /// Where the piece begins in the file.
+    pub file_offset: u64,
+}
+
+/// The RAM of one VM. The host takes it back when the last user of [`GuestRam::memory`] is gone.
+#[derive(Debug)]
+pub struct GuestRam {
+    memory: Arc<GuestMemoryMmap>,
+    file: Arc<File>,
+    ranges: Vec<RamRange>,
+}
+
+/// Why RAM cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum RamError {
+    /// The size is not a multiple of the granule.
+    #[error("ram of {size_bytes} bytes is not a multiple of {granule_bytes} bytes")]
+    Granule {
+        /// What was asked for.
+        size_bytes: u64,
+        /// The granule.
+        granule_bytes: u64,
+    },
+    /// The size is below the least possible one.
+    #[error("ram of {size_bytes} bytes is below the minimum of {min_bytes} bytes")]
+    TooSmall {
+        /// What was asked for.
+        size_bytes: u64,
+        /// The minimum.
+        min_bytes: u64,
+    },
+    /// The host does not have that much.
+    #[error("ram of {size_bytes} bytes exceeds the host's memory of {host_bytes} bytes")]
+    BeyondHost {
+        /// What was asked for.
+        size_bytes: u64,
+        /// The host's memory.
+        host_bytes: u64,
+    },
+    /// The guest could not address its end.
+    #[error(
+        "ram of {size_bytes} bytes ends at {end:#x}, beyond the {address_bits} address bits of the guest"
+    )]
+    BeyondAddress {
+        /// What was asked for.
+        size_bytes: u64,
+        /// The first guest-physical address behind the RAM.
+        end: u64,
+        /// The number of guest-physical address bits.
+        address_bits: u32,
+    },
+    /// The host refused a step.
+    #[error("the host refused {what} for ram of {size_bytes} bytes")]
+    Host {
+        /// The step.
+        what: &'static str,
+        /// What was asked for.
+        size_bytes: u64,
+        /// The host's error.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl GuestRam {
+    /// Makes `size_bytes` of RAM, all zero, for a guest with `address_bits` guest-physical address bits
+    /// (`Kvm::physical_address_bits`).
+    ///
+    /// # Errors
+    /// [`RamError`] when the size is impossible, with the limit, or when the host refuses.
+    pub fn new(size_bytes: u64, options: RamOptions, address_bits: u32) -> Result<Self, RamError> {
+        let host_error = |what| {
+            move |source| RamError::Host {
+                what,
+                size_bytes,
+                source,
+            }
+        };
+        let host_bytes = host_memory_bytes().map_err(host_error("to tell its memory"))?;
+        check(size_bytes, options, address_bits, host_bytes)?;
+        let file = memory_file(size_bytes, options).map_err(host_error("a memory file"))?;
+        let file = Arc::new(file);
+        let ranges = split(size_bytes);
+        let mut regions = Vec::with_capacity(ranges.len());
+        for range in &ranges {
+            let region = map(&file, *range, options).map_err(host_error("a mapping"))?;
+            regions.push(region);
+        }
+        let memory = GuestMemoryMmap::from_regions(regions)
+            .map_err(|error| host_error("the guest's address map")(io::Error::other(error)))?;
+        Ok(Self {
+            memory: Arc::new(memory),
+            file,
+            ranges,
+        })
+    }
+
+    /// The RAM as devices use it.
+    pub fn memory(&self) -> &Arc<GuestMemoryMmap> {
+        &self.memory
+    }
+
+    /// The pieces of the RAM, in address order.
+    pub fn ranges(&self) -> &[RamRange] {
+        &self.ranges
+    }
+
+    /// The size in bytes.
+    pub fn size_bytes(&self) -> u64 {
+        self.ranges.iter().map(|range| range.size_bytes).sum()
+    }
+
+    /// The first guest-physical address behind the RAM below 4 GiB.
+    pub fn low_end(&self) -> u64 {
+        self.size_bytes().min(LOW_RAM_END)
+    }
+
+    /// What the RAM costs the host at this moment, in bytes.
+    ///
+    /// # Errors
+    /// The host's error.
+    pub fn resident_bytes(&self) -> io::Result<u64> {
+        // st_blocks counts units of 512 bytes whatever the block size is (stat(2)).
+        Ok(self.file.metadata()?.blocks() * 512)
+    }
+
+    /// The file behind the RAM, for those who read or share it; [`GuestRam::ranges`] tells what lies where.
+    pub fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
+    /// Shows the RAM to the guest until the slots are dropped.
+    ///
+    /// # Errors
+    /// [`MemslotError`] when the host has no slot left or refuses one.
+    pub fn plug_in(&self, slots: &Memslots) -> Result<Vec<Memslot>, MemslotError> {
+        let register = |range: &RamRange| slots.register(&self.memory, range.guest_address, range.size_bytes);
+        self.ranges.iter().map(register).collect()
+    }
+}
+
+/// Checks a size against all limits.
+fn check(size_bytes: u64, options: RamOptions, address_bits: u32, host_bytes: u64) -> Result<(), RamError> {
+    let granule_bytes = if options.huge_pages {
+        HUGE_PAGE_BYTES
+    } else {
+        RAM_GRANULE_BYTES
+    };
+    if !size_bytes.is_multiple_of(granule_bytes) {
+        return Err(RamError::Granule {
+            size_bytes,
+            granule_bytes,
+        });
+    }
+    if size_bytes < RAM_MIN_BYTES {
+        return Err(RamError::TooSmall {
+            size_bytes,
+            min_bytes: RAM_MIN_BYTES,
+        });
+    }
+    if size_bytes > host_bytes {
+        return Err(RamError::BeyondHost {
+            size_bytes,
+            host_bytes,
+        });
+    }
+    let end = guest_end(size_bytes);
+    if address_bits < u64::BITS && end > 1 << address_bits {
+        return Err(RamError::BeyondAddress {
+            size_bytes,
+            end,
+            address_bits,
+        });
+    }
+    Ok(())
+}
+
+/// The first guest-physical address behind RAM of `size_bytes`, at most the host's memory.
+fn guest_end(size_bytes: u64) -> u64 {
+    match size_bytes.checked_sub(LOW_RAM_END) {
+        None | Some(0) => size_bytes,
+        Some(high) => HIGH_RAM_START.saturating_add(high),
+    }
+}
+
+/// Lays RAM around the 32-bit hole.
+fn split(size_bytes: u64) -> Vec<RamRange> {
+    let low = RamRange {
+        guest_address: 0,
+        size_bytes: size_bytes.min(LOW_RAM_END),
+        file_offset: 0,
+    };
+    let high = RamRange {
+        guest_address: HIGH_RAM_START,
+        size_bytes: size_bytes - low.size_bytes,
+        file_offset: low.size_bytes,
+    };
+    let mut ranges = vec![low];
+    if high.size_bytes > 0 {
+        ranges.push(high);
+    }
+    ranges
+}
+
+/// The memory that this host has in all, in bytes.
+fn host_memory_bytes() -> io::Result<u64> {
+    // SAFETY: all-zero bytes are a valid sysinfo, which has integers only.
+    let mut info: libc::sysinfo = unsafe { std::mem::zeroed() };
+    // SAFETY: the pointer is to a live, writable sysinfo, which is what the call fills.
+    if unsafe { libc::sysinfo(&mut info) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(info.totalram.saturating_mul(u64::from(info.mem_unit)))
+}
+
+/// Makes a file in memory of `size_bytes`, one hole.
+fn memory_file(size_bytes: u64, options: RamOptions) -> io::Result<File> {
+    let mut flags = libc::MFD_CLOEXEC;
+    if options.huge_pages {
+        flags |= libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
+    }
+    // SAFETY: the name is a terminated string and the call touches nothing else of this process.
+    let fd = unsafe { libc::memfd_create(c"guest-ram".as_ptr(), flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is new and owned by nobody else.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(size_bytes)?;
+    Ok(file)
+}
+
+/// Maps one piece of the file.
+fn map(file: &Arc<File>, range: RamRange, options: RamOptions) -> io::Result<GuestRegionMmap> {
+    let length = usize::try_from(range.size_bytes).map_err(io::Error::other)?;
+    // Huge pages are reserved by the mapping: without them, a guest's access would kill this process.
+    let no_reserve = if options.huge_pages {
+        0
+    } else {
+        libc::MAP_NORESERVE
+    };
+    let mapping = MmapRegionBuilder::new(length)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_SHARED | no_reserve)
+        .with_file_offset(FileOffset::from_arc(file.clone(), range.file_offset))
+        .with_hugetlbfs(options.huge_pages)
+        .build()
+        .map_err(|error| match error {
+            MmapRegionError::Mmap(error) => error,
+            other => io::Error::other(other),
+        })?;
+    advise(mapping.as_ptr(), length, libc::MADV_DONTDUMP)?;
+    if !options.huge_pages && range.file_offset.is_multiple_of(HUGE_PAGE_BYTES) {
+        // A host that keeps no huge pages for files refuses; small pages work as well.
+        let _ = advise(mapping.as_ptr(), length, libc::MADV_HUGEPAGE);
+    }
+    GuestRegionMmap::new(mapping, GuestAddress(range.guest_address))
+        .ok_or_else(|| io::Error::from_raw_os_error(libc::EOVERFLOW))
+}
+
+fn advise(address: *mut u8, length: usize, advice: libc::c_int) -> io::Result<()> {
+    // SAFETY: the range is one mapping of our own, and both pieces of advice change no content.
+    if unsafe { libc::madvise(address.cast(), length, advice) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
