@@ -1,0 +1,46 @@
+//! The saved forms of PCI's parts, frozen per version. The guest's values in them are untrusted on the way back.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// The schema of the PCI root's section.
+pub const PCI_ROOT_SCHEMA: u32 = 1;
+
+/// The PCI root: the host bridge of every segment, in order.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedPciRootV1 {
+    /// What the guest changed in each host bridge's configuration space.
+    pub host_bridges: Vec<SavedConfigSpaceV1>,
+}
+
+/// A configuration space: the bytes that differ from power-on, by offset.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct SavedConfigSpaceV1 {
+    /// Offset to value.
+    pub changes: BTreeMap<u16, u8>,
+}
+
+/// The MSI-X vectors of a function.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedMsixV1 {
+    /// The table, in order.
+    pub vectors: Vec<SavedMsixVectorV1>,
+}
+
+/// One MSI-X vector.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedMsixVectorV1 {
+    /// Message address, 64 bits.
+    pub address: u64,
+    /// Message data.
+    pub data: u32,
+    /// The vector's own mask bit.
+    pub masked: bool,
+    /// The vector's pending bit.
+    pub pending: bool,
+}
