@@ -27,6 +27,8 @@ pub const QUEUE_PAIR_COUNT_MAX: u16 = 32;
 pub const BUFFER_COUNT_MAX: usize = 1024;
 
 /// A host resource that takes and gives the packets of one network card.
+///
+/// A `pair_index` is always below [`NetBackend::queue_pair_count`].
 pub trait NetBackend: Send {
     /// The number of queue pairs, 1 to [`QUEUE_PAIR_COUNT_MAX`]; fixed for the backend's life.
     fn queue_pair_count(&self) -> u16;

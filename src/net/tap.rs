@@ -423,4 +423,4 @@ fn host(name: &str, what: &'static str) -> impl FnOnce(io::Error) -> TapError {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

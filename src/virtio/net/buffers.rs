@@ -1,4 +1,7 @@
 //! A guest's descriptor chains as slices of its memory, for the backend to read or fill.
+//!
+//! Asked by `rx` and `tx` for every chain. The driver may have written anything into the descriptors; what leaves
+//! here lies in guest memory, goes in one direction and is bounded in number.
 
 use std::sync::Arc;
 

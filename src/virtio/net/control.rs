@@ -1,4 +1,7 @@
 //! The control queue (virtio 1.2 §5.1.6.5), which knows one command: the number of queue pairs in use.
+//!
+//! Here commands are read and answered; `turns` carries them out. Unknown and impossible ones are answered with
+//! `VIRTIO_NET_ERR`, malformed ones are a fault.
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_ERR, VIRTIO_NET_OK,

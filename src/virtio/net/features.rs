@@ -1,4 +1,7 @@
 //! What a network card offers and what the driver's choice means (virtio 1.2 §5.1.3).
+//!
+//! Checksums and segmentation are offered as far as the backend takes part in them. Pure functions, asked by
+//! `device`.
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN,

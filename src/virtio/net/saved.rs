@@ -1,5 +1,5 @@
 //! The saved form of a network card's own state. Its address and backend belong to the configuration, its features
-//! and queues to the transport.
+//! and queues to the transport. A saved state is untrusted: whoever reads one calls its `check`.
 
 use serde::{Deserialize, Serialize};
 

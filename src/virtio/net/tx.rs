@@ -1,4 +1,7 @@
 //! Packets from the guest (virtio 1.2 §5.1.6.2).
+//!
+//! A packet that the backend has no room for stays on the available ring, where it is saved with the rest; one that
+//! the backend refuses is dropped. The header's content is the backend's to check.
 
 use super::buffers::{Direction, gather};
 use super::rx::is_transient;
