@@ -71,7 +71,7 @@ impl Console {
         Ok(())
     }
 
-    /// Closes the host end of port `port_index`. What the driver still has to send is of no use to anybody then.
+    /// Closes the host end of port `port_index`.
     fn let_go(&mut self, port_index: usize) {
         self.set_watch(port_index, None);
         let port = &mut self.ports[port_index];
@@ -79,6 +79,7 @@ impl Console {
         port.host_gone = false;
         port.host_hung_up = false;
         port.watched = None;
+        port.abandon_chain();
         if std::mem::take(&mut port.transmit_blocked) {
             self.call_again(receive_queue(port_index) + 1);
         }

@@ -27,6 +27,9 @@ const CALL_BYTES_MAX: usize = 64 << 10;
 /// Bytes are copied out of guest memory in pieces of this size.
 const CHUNK_BYTES: usize = 4096;
 
+/// No chain is longer (virtio 1.2 §2.7.5.2), so nothing follows this offset.
+const ABANDONED: u32 = u32::MAX;
+
 /// A port with its host end.
 pub(super) struct Port {
     pub(super) name: PortName,
@@ -39,7 +42,8 @@ pub(super) struct Port {
     pub(super) host_hung_up: bool,
     /// What the device watches the host end for.
     pub(super) watched: Option<EventSet>,
-    /// The bytes of the next chain to transmit that the host end has taken already.
+    /// The bytes of the next chain to transmit that the host end has taken already; [`ABANDONED`] when the rest is not
+    /// wanted any more.
     pub(super) transmit_offset_bytes: u32,
     /// The host end takes no more for now.
     pub(super) transmit_blocked: bool,
@@ -84,6 +88,13 @@ impl Port {
         self.receive_starved = false;
         // Watched again, a peer that is gone says so again.
         self.host_hung_up = false;
+    }
+
+    /// The host end that took a part of a chain is gone. The next one must not begin in the middle of it.
+    pub(super) fn abandon_chain(&mut self) {
+        if self.transmit_offset_bytes > 0 {
+            self.transmit_offset_bytes = ABANDONED;
+        }
     }
 
     /// Whether the guest is to be given what the host end sends: a program has the port open, and the driver knows

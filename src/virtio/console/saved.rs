@@ -1,5 +1,7 @@
 //! The frozen saved form of the console. Host ends are not part of it: after a restore the guest is told that they
-//! are closed, and sees them open when the embedder connects new ones. What is read here is untrusted.
+//! are closed, and sees them open when the embedder connects new ones. One that is connected before the VM is resumed
+//! gets what the guest had waiting, from the next whole buffer on; otherwise that is lost. What is read here is
+//! untrusted.
 
 use serde::{Deserialize, Serialize};
 
@@ -24,7 +26,8 @@ struct PortV1 {
     owes_add: bool,
     owes_console: bool,
     owes_name: bool,
-    transmit_offset_bytes: u32,
+    /// A part of the next buffer to transmit was sent.
+    partly_sent: bool,
 }
 
 impl ConsoleV1 {
@@ -83,7 +86,7 @@ impl PortV1 {
             owes_add,
             owes_console,
             owes_name,
-            transmit_offset_bytes: port.transmit_offset_bytes,
+            partly_sent: port.transmit_offset_bytes > 0,
         }
     }
 
@@ -96,7 +99,7 @@ impl PortV1 {
             owes_add,
             owes_console,
             owes_name,
-            transmit_offset_bytes,
+            partly_sent,
         } = self;
         port.dialogue = Dialogue {
             ready,
@@ -106,6 +109,7 @@ impl PortV1 {
             owes_console,
             owes_name,
         };
-        port.transmit_offset_bytes = transmit_offset_bytes;
+        port.transmit_offset_bytes = u32::from(partly_sent);
+        port.abandon_chain();
     }
 }

@@ -255,28 +255,11 @@ fn a_paused_device_keeps_still_and_goes_on_when_resumed() {
     assert_eq!(guest.messages(), [super::message(0, OPEN, 1, "")]);
 }
 
-#[test]
-fn saving_in_the_middle_of_a_chain_repeats_and_loses_nothing() {
-    let (mut guest, mut host) = connected();
-    let sent = pattern(900_000);
-    sent.chunks(300_000)
-        .for_each(|chunk| guest.offer(TRANSMIT, &[(chunk, 0)]));
-    guest.kick(TRANSMIT).expect("the driver is correct");
-    guest.run();
-    let mut received = arrived(&mut host);
-    let state = guest.console.save().expect("the state encodes");
-    assert_ne!(state["ports"][1]["transmit_offset_bytes"], 0);
-    let (mut console, ports) = new_console(&["console", "agent"]);
-    console.restore(&state).expect("just saved");
-    guest.move_to(console, ports, MULTIPORT);
-    let mut host = connect(&guest, "agent");
-    guest.run();
-    // The guest hears that its former host end is gone, then of the new one.
-    let told = [super::message(1, OPEN, 0, ""), super::message(1, OPEN, 1, "")];
-    assert_eq!(guest.messages(), told);
-    guest.kick(TRANSMIT).expect("the driver is correct");
-    while received.len() < sent.len() {
-        let bytes = arrived(&mut host);
+/// Lets `host` take what the guest has waiting until it has `expected`.
+fn drain(guest: &mut Guest, host: &mut UnixStream, expected: &[u8]) {
+    let mut received = Vec::new();
+    while received.len() < expected.len() {
+        let bytes = arrived(host);
         assert!(
             !bytes.is_empty(),
             "the device stopped at {} bytes",
@@ -285,7 +268,47 @@ fn saving_in_the_middle_of_a_chain_repeats_and_loses_nothing() {
         received.extend(bytes);
         guest.run();
     }
-    assert_eq!(received, sent);
+    assert_eq!(received, expected);
+}
+
+#[test]
+fn a_host_end_in_the_place_of_a_full_one_begins_with_a_whole_buffer() {
+    let (mut guest, mut first) = connected();
+    let sent = pattern(900_000);
+    sent.chunks(300_000)
+        .for_each(|chunk| guest.offer(TRANSMIT, &[(chunk, 0)]));
+    guest.kick(TRANSMIT).expect("the driver is correct");
+    guest.run();
+    let mut second = connect(&guest, "agent");
+    guest.run();
+    let begun = arrived(&mut first).len().div_ceil(300_000);
+    drain(&mut guest, &mut second, &sent[begun * 300_000..]);
+    assert_eq!(guest.returned_count(TRANSMIT), 3);
+}
+
+#[test]
+fn a_host_end_after_a_restore_begins_with_a_whole_buffer() {
+    let (mut guest, mut host) = connected();
+    let sent = pattern(900_000);
+    sent.chunks(300_000)
+        .for_each(|chunk| guest.offer(TRANSMIT, &[(chunk, 0)]));
+    guest.kick(TRANSMIT).expect("the driver is correct");
+    guest.run();
+    let state = guest.console.save().expect("the state encodes");
+    assert_eq!(state["ports"][1]["partly_sent"], true);
+    let (mut console, ports) = new_console(&["console", "agent"]);
+    console.restore(&state).expect("just saved");
+    guest.move_to(console, ports, MULTIPORT);
+    let begun = arrived(&mut host).len().div_ceil(300_000);
+    let mut host = connect(&guest, "agent");
+    for queue_index in 0..6 {
+        guest.kick(queue_index).expect("the driver is correct");
+    }
+    // The guest hears that its former host end is gone, then of the new one.
+    let told = [super::message(1, OPEN, 0, ""), super::message(1, OPEN, 1, "")];
+    assert_eq!(guest.messages(), told);
+    drain(&mut guest, &mut host, &sent[begun * 300_000..]);
+    assert_eq!(guest.returned_count(TRANSMIT), 3);
 }
 
 #[test]
@@ -318,6 +341,19 @@ fn a_host_end_stays_connected_over_a_reset_by_the_driver() {
     let told = guest.messages();
     assert!(told.contains(&super::message(1, OPEN, 1, "")), "{told:?}");
     assert_eq!(guest.collect(RECEIVE), [b"early"]);
+}
+
+#[test]
+fn a_host_end_that_closed_before_a_reset_is_noticed_after_it() {
+    let (mut guest, mut host) = connected();
+    host.write_all(b"no buffers for this")
+        .expect("the socket has room");
+    drop(host);
+    guest.run();
+    assert_eq!(guest.console.inspect()["ports"][1]["host_connected"], true);
+    guest.reset(MULTIPORT);
+    guest.start(&[]);
+    assert_eq!(guest.console.inspect()["ports"][1]["host_connected"], false);
 }
 
 #[test]
