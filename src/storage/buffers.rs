@@ -160,8 +160,7 @@ mod tests {
     fn ranges_outside_memory_are_refused_with_their_address() {
         for (address, length_bytes) in [(0x1FFF, 2), (0x3000, 1), (u64::MAX, 1), (u64::MAX - 1, 8)] {
             let error = GuestBuffers::new(memory(), [(GuestAddress(address), length_bytes)])
-                .err()
-                .expect("the range is outside");
+                .expect_err("the range is outside");
             let expected = format!("buffer {address:#x}+{length_bytes:#x} is not in guest memory");
             assert_eq!(error.to_string(), expected);
         }

@@ -10,9 +10,13 @@
 //! of an operation that the file system lacks. The image is locked against a second opener for as long as anything
 //! may still write to it, also after the disk itself was dropped.
 
+#[cfg(test)]
+mod block_device_tests;
 mod job;
 mod lock;
 mod open;
+#[cfg(test)]
+mod open_tests;
 mod pool;
 #[cfg(test)]
 mod tests;

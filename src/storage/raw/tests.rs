@@ -1,12 +1,10 @@
-//! The raw disk by both engines: content, limits, errors, locks, and what happens when it is dropped in flight.
+//! The raw disk by both engines: content, limits, errors, and what happens when it is dropped in flight.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::process::CommandExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,16 +15,16 @@ use super::*;
 use crate::storage::testing::{guest_memory, wait_readable};
 use crate::storage::{DiskOperation, GuestBuffers};
 
-const ENGINES: [RawEngine; 2] = [RawEngine::IoUring, RawEngine::ThreadPool];
-const MIB: u64 = 1 << 20;
+pub(super) const ENGINES: [RawEngine; 2] = [RawEngine::IoUring, RawEngine::ThreadPool];
+pub(super) const MIB: u64 = 1 << 20;
 
-fn image(content: &[u8]) -> NamedTempFile {
+pub(super) fn image(content: &[u8]) -> NamedTempFile {
     let mut file = NamedTempFile::new().expect("the host has a temporary directory");
     file.write_all(content).expect("the temporary directory has room");
     file
 }
 
-fn open(path: &Path, read_only: bool, engine: RawEngine) -> Result<RawDisk, OpenError> {
+pub(super) fn open(path: &Path, read_only: bool, engine: RawEngine) -> Result<RawDisk, OpenError> {
     RawDisk::open(&RawConfig {
         path: path.to_owned(),
         read_only,
@@ -70,7 +68,7 @@ impl Rig {
 }
 
 /// Carries the operations out and returns their results in the order of submission.
-fn run(disk: &mut RawDisk, operations: Vec<DiskOperation>) -> Vec<io::Result<()>> {
+pub(super) fn run(disk: &mut RawDisk, operations: Vec<DiskOperation>) -> Vec<io::Result<()>> {
     let count = operations.len();
     let mut results: Vec<Option<io::Result<()>>> = (0..count).map(|_| None).collect();
     let mut completions = Vec::new();
@@ -336,119 +334,6 @@ fn errors_keep_their_number() {
 }
 
 #[test]
-fn open_says_what_is_wrong_with_the_image() {
-    let directory = tempfile::tempdir().expect("the host has a temporary directory");
-    let path = |name: &str| directory.path().join(name);
-    fs::write(path("empty"), []).expect("room");
-    fs::write(path("odd"), [0; 1000]).expect("room");
-    let refusal = |path: &Path| {
-        let error = open(path, false, RawEngine::Auto)
-            .err()
-            .expect("the image is bad");
-        error
-            .to_string()
-            .replace(&*directory.path().to_string_lossy(), "DIR")
-    };
-    assert_eq!(refusal(&path("none")), "disk image DIR/none does not exist");
-    assert_eq!(refusal(directory.path()), "disk image DIR is a directory");
-    assert_eq!(refusal(&path("empty")), "disk image DIR/empty is empty");
-    assert_eq!(
-        refusal(&path("odd")),
-        "disk image DIR/odd has 1000 bytes, which is not a multiple of 512"
-    );
-    let null = "disk image /dev/null is neither a regular file nor a block device";
-    assert_eq!(refusal(Path::new("/dev/null")), null);
-}
-
-#[test]
-fn open_without_permission_is_told_from_other_errors() {
-    let file = image(&[0; 512]);
-    fs::set_permissions(file.path(), fs::Permissions::from_mode(0o400)).expect("the file is ours");
-    let path = file.path().to_owned();
-    // Root may write to anything; as user 65534 a thread may not even read what root keeps to itself.
-    let attempt = move || {
-        // SAFETY: takes no memory; changes this thread's file system user only, and the thread ends afterwards.
-        unsafe { libc::setfsuid(65534) };
-        open(&path, false, RawEngine::ThreadPool)
-            .err()
-            .map(|error| error.to_string())
-    };
-    let error = std::thread::spawn(attempt).join().expect("no panic");
-    let expected = format!(
-        "disk image {} may not be opened for writing by this process",
-        file.path().display()
-    );
-    assert_eq!(error, Some(expected));
-}
-
-#[test]
-fn a_second_opener_in_this_process_is_refused_by_name() {
-    let file = image(&[0; 512]);
-    let expected = format!(
-        "disk image {} is in use by another vm or process",
-        file.path().display()
-    );
-    let refusal = |read_only| {
-        let second = open(file.path(), read_only, RawEngine::Auto);
-        second.err().map(|error| error.to_string())
-    };
-    let writer = open(file.path(), false, RawEngine::Auto).expect("nobody has it");
-    assert_eq!(refusal(false), Some(expected.clone()));
-    assert_eq!(refusal(true), Some(expected.clone()));
-    drop(writer);
-    let reader = open(file.path(), true, RawEngine::Auto).expect("nobody has it");
-    assert_eq!(refusal(true), None, "readers share");
-    assert_eq!(refusal(false), Some(expected));
-    drop(reader);
-    assert_eq!(refusal(false), None);
-}
-
-/// A command whose process locks `path` like a writer before it runs; what it could not do is the error of `spawn`.
-fn locking_command(program: &str, path: &Path) -> Command {
-    let path = path.to_owned();
-    let mut command = Command::new(program);
-    let take = move || {
-        let file = File::options().read(true).write(true).open(&path)?;
-        lock::lock(&file, true)?;
-        // The descriptor outlives `exec`, and the lock with it.
-        // SAFETY: takes no memory; the descriptor is this process's own.
-        if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFD, 0) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        std::mem::forget(file);
-        Ok(())
-    };
-    // SAFETY: between fork and exec the closure opens and locks a file and touches no lock of this process; the path
-    // was allocated before.
-    unsafe { command.pre_exec(take) };
-    command
-}
-
-#[test]
-fn other_processes_are_locked_out_both_ways() {
-    let file = image(&[0; 512]);
-    let disk = open(file.path(), false, RawEngine::Auto).expect("nobody has it");
-    let error = locking_command("true", file.path())
-        .spawn()
-        .expect_err("the disk holds the lock");
-    assert_eq!(error.raw_os_error(), Some(libc::EAGAIN));
-    drop(disk);
-
-    let mut other = locking_command("cat", file.path())
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .spawn()
-        .expect("nobody has it");
-    let error = open(file.path(), true, RawEngine::Auto)
-        .err()
-        .expect("the other process holds it");
-    assert!(matches!(error, OpenError::InUse { .. }), "{error}");
-    drop(other.stdin.take());
-    other.wait().expect("it ends with its input");
-    open(file.path(), true, RawEngine::Auto).expect("nobody has it any more");
-}
-
-#[test]
 fn requests_that_were_not_begun_go_with_the_disk() {
     for engine in ENGINES {
         let mut rig = Rig::new(&[0; 4096], engine);
@@ -522,94 +407,4 @@ fn threads_end_when_there_is_nothing_to_do() {
         std::thread::yield_now();
     }
     rig.run_one(DiskOperation::Flush).expect("a new thread takes it");
-}
-
-#[test]
-fn a_block_device_is_measured_and_discards() {
-    let file = image(&vec![0xAB; MIB as usize]);
-    let Some(device) = LoopDevice::attach(file.path()) else {
-        eprintln!("skipped: this machine gives no loop device");
-        return;
-    };
-    for engine in ENGINES {
-        fs::write(&device.0, vec![0xAB; MIB as usize]).expect("the device is writable");
-        let mut disk = open(Path::new(&device.0), false, engine).expect("a good device");
-        assert_eq!(disk.properties().capacity_bytes, MIB);
-        let busy = open(Path::new(&device.0), false, engine)
-            .err()
-            .expect("it is open");
-        assert!(matches!(busy, OpenError::InUse { .. }), "{busy}");
-        let operations = vec![
-            DiskOperation::Discard {
-                offset_bytes: 4096,
-                length_bytes: 8192,
-            },
-            DiskOperation::Discard {
-                offset_bytes: 100,
-                length_bytes: 99,
-            },
-            DiskOperation::WriteZeroes {
-                offset_bytes: MIB / 2,
-                length_bytes: 4096,
-                unmap: true,
-            },
-            DiskOperation::WriteZeroes {
-                offset_bytes: MIB / 4,
-                length_bytes: 600,
-                unmap: false,
-            },
-            DiskOperation::Flush,
-        ];
-        assert!(run(&mut disk, operations).iter().all(Result::is_ok), "{engine:?}");
-        let memory = guest_memory(MIB as usize);
-        let buffers = GuestBuffers::new(memory.clone(), [(GuestAddress(0), MIB as u32)]).expect("in memory");
-        let read = DiskOperation::Read {
-            offset_bytes: 0,
-            buffers,
-        };
-        run(&mut disk, vec![read]).remove(0).expect("the read succeeds");
-        let mut content = vec![0; MIB as usize];
-        memory
-            .read_slice(&mut content, GuestAddress(0))
-            .expect("in memory");
-        let half = (MIB / 2) as usize;
-        assert!(
-            content[4096..12_288].iter().all(|byte| *byte == 0),
-            "{engine:?}: discarded"
-        );
-        assert!(
-            content[half..half + 4096].iter().all(|byte| *byte == 0),
-            "{engine:?}: zeroed"
-        );
-        assert!(
-            content[half / 2..half / 2 + 600].iter().all(|byte| *byte == 0),
-            "{engine:?}: zeroed"
-        );
-        assert_eq!(
-            (content[4095], content[half / 2 + 600]),
-            (0xAB, 0xAB),
-            "{engine:?}: the rest stays"
-        );
-    }
-}
-
-/// A loop device over a file, detached at the end.
-struct LoopDevice(String);
-
-impl LoopDevice {
-    fn attach(path: &Path) -> Option<Self> {
-        let output = Command::new("losetup")
-            .args(["--find", "--show"])
-            .arg(path)
-            .output()
-            .ok()?;
-        let device = String::from_utf8(output.stdout).ok()?;
-        output.status.success().then(|| Self(device.trim().to_owned()))
-    }
-}
-
-impl Drop for LoopDevice {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
-    }
 }
