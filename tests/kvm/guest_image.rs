@@ -6,7 +6,7 @@ use std::time::Duration;
 use libtest_mimic::Failed;
 
 use crate::Body;
-use crate::harness::artefacts::{Flavour, GuestKernel, INIT_REACHED};
+use crate::harness::artefacts::{self, Flavour, GuestKernel, INIT_REACHED};
 use crate::harness::guest_shell::{GuestShell, ShellError};
 use crate::harness::qemu::{QemuGuest, QemuOptions};
 use crate::harness::resources::{self, Usage};
@@ -26,6 +26,11 @@ pub fn trials() -> Vec<Body> {
         }),
         Body::new("guest_image::power_button_powers_off", power_button_powers_off),
         Body::new("guest_image::exit_word_ends_the_guest", exit_word_ends_the_guest),
+        Body::new("guest_image::debian_disk_boots", debian_disk_boots),
+        Body::new(
+            "guest_image::memory_beyond_4_gib_boots",
+            memory_beyond_4_gib_boots,
+        ),
         Body::new("guest_image::tap_reaches_the_guest", tap_reaches_the_guest),
     ]
 }
@@ -79,6 +84,48 @@ fn exit_word_ends_the_guest() -> Result<(), Failed> {
     )?;
     guest.wait(BOOT_WITHIN)?;
     assert!(guest.console().contains(INIT_REACHED), "{}", guest.console());
+    Ok(())
+}
+
+fn debian_disk_boots() -> Result<(), Failed> {
+    let kernel = GuestKernel::find(Flavour::Cloud)?;
+    // Written to a temporary overlay only.
+    let drive = format!(
+        "file={},format=raw,if=virtio,snapshot=on",
+        artefacts::debian_image()?.display()
+    );
+    let options = QemuOptions {
+        memory_mib: 512,
+        cmdline: "console=ttyS0 quiet panic=-1 harness.root=/dev/vda".to_string(),
+        arguments: ["-drive", &drive].map(str::to_string).to_vec(),
+        ..QemuOptions::default()
+    };
+    let mut guest = QemuGuest::start(&kernel, &options)?;
+    let mut shell = GuestShell::connect(guest.port()?, BOOT_WITHIN)?;
+    let state = shell.run_within("systemctl is-system-running --wait", BOOT_WITHIN)?;
+    assert_eq!(
+        state.text.trim(),
+        "running",
+        "{:?}",
+        shell.succeed("systemctl --failed")
+    );
+    guest.command("system_powerdown")?;
+    guest.wait(END_WITHIN)?;
+    Ok(())
+}
+
+fn memory_beyond_4_gib_boots() -> Result<(), Failed> {
+    let kernel = GuestKernel::find(Flavour::Cloud)?;
+    let guest = QemuGuest::start(
+        &kernel,
+        &QemuOptions {
+            memory_mib: 6 * 1024,
+            ..QemuOptions::default()
+        },
+    )?;
+    let mut shell = GuestShell::connect(guest.port()?, BOOT_WITHIN)?;
+    let total_mib: u64 = shell.succeed("free -m | awk '/Mem:/ { print $2 }'")?.parse()?;
+    assert!((5_700..6_144).contains(&total_mib), "{total_mib} MiB");
     Ok(())
 }
 

@@ -94,7 +94,7 @@ mod tests {
         let order = Order {
             words: vec!["sh".into(), "-c".into(), "echo \"a b\"\n'".into()],
             environment: BTreeMap::from([("PATH".into(), "/bin".into())]),
-            folder: "/work".into(),
+            folder: "/srv/crate".into(),
             modules: "/m".into(),
         };
         order.write(&folder).unwrap();

@@ -5,14 +5,14 @@ use std::time::Instant;
 
 use crate::failure::Failure;
 
-/// Announces a step, runs it, and says how long it took or that it failed.
+/// Announces a step, runs it, and says how long it took and whether it failed.
 pub fn step<T>(what: &str, work: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
     eprintln!("==> {what}");
     let began = Instant::now();
     let result = work();
     let seconds = began.elapsed().as_secs_f64();
     match &result {
-        Ok(_) => eprintln!("    done in {seconds:.1} s: {what}"),
+        Ok(_) => eprintln!("    took {seconds:.1} s: {what}"),
         Err(_) => eprintln!("    FAILED after {seconds:.1} s: {what}"),
     }
     result
