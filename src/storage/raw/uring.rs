@@ -3,6 +3,9 @@
 //! Every job in flight sits in a slot until the kernel is done with it; there are as many slots as ring entries, so
 //! neither queue of the ring can overflow. Dropping the engine while the kernel still works hands the ring to a
 //! thread that waits for the rest: the memory must not go away under the kernel, and the dropper must not wait.
+//!
+//! Linux ties requests that block to the thread that entered them: while the host is stuck, that thread can run and
+//! return, but the kernel keeps it from ending. Whoever stops the thread that drives a disk must not join it.
 
 use std::io;
 use std::mem::ManuallyDrop;

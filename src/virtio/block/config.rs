@@ -46,7 +46,8 @@ impl ConfigSpace {
         // 28: topology.opt_io_size, 0: none suggested; 32: writeback, not offered
         space.put(34, &queue_count.to_le_bytes()); // num_queues
         if disk.discard {
-            let alignment = disk.logical_block_bytes / SECTOR_BYTES as u32;
+            // Smaller discards free nothing on the host.
+            let alignment = disk.physical_block_bytes / SECTOR_BYTES as u32;
             space.put(36, &DISCARD_SECTORS_MAX.to_le_bytes()); // max_discard_sectors
             space.put(40, &SEGMENTS_PER_CLEAR.to_le_bytes()); // max_discard_seg
             space.put(44, &alignment.to_le_bytes()); // discard_sector_alignment
@@ -129,7 +130,7 @@ mod tests {
             3 << 16,
             4_194_304,
             1,
-            2,
+            8,
             131_072,
             1,
             1,
