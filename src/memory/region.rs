@@ -10,7 +10,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::FromRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
@@ -167,6 +167,22 @@ impl GuestRam {
         Ok(self.file.metadata()?.blocks() * 512)
     }
 
+    /// Makes the RAM all zero and gives it back to the host, as a power cycle does. Called while no vCPU runs and no
+    /// device uses it.
+    ///
+    /// # Errors
+    /// The host's error; the content is then unspecified.
+    pub fn clear(&self) -> io::Result<()> {
+        let length = i64::try_from(self.size_bytes()).map_err(io::Error::other)?;
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: the descriptor is our own; the pages of the mapping stay valid and read as zeros from now on, which
+        // volatile accesses allow for as they do for the guest's writes.
+        if unsafe { libc::fallocate(self.file.as_raw_fd(), mode, 0, length) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
     /// The file behind the RAM, for those who read or share it; [`GuestRam::ranges`] tells what lies where.
     pub fn file(&self) -> &Arc<File> {
         &self.file
@@ -307,4 +323,115 @@ fn advise(address: *mut u8, length: usize, advice: libc::c_int) -> io::Result<()
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
+
+    use super::*;
+    use crate::machine::fake::FakeVm;
+
+    #[test]
+    fn impossible_sizes_are_refused_with_both_numbers() {
+        let none = RamOptions::default();
+        let huge = RamOptions { huge_pages: true };
+        let gib = 1 << 30;
+        for (size_bytes, options, address_bits, told) in [
+            (
+                gib + 4096,
+                none,
+                36,
+                "ram of 1073745920 bytes is not a multiple of 1048576 bytes",
+            ),
+            (
+                gib + (1 << 20),
+                huge,
+                36,
+                "ram of 1074790400 bytes is not a multiple of 2097152 bytes",
+            ),
+            (
+                1 << 20,
+                none,
+                36,
+                "ram of 1048576 bytes is below the minimum of 67108864 bytes",
+            ),
+            (
+                0,
+                none,
+                36,
+                "ram of 0 bytes is below the minimum of 67108864 bytes",
+            ),
+            (
+                64 * gib,
+                none,
+                46,
+                "ram of 68719476736 bytes exceeds the host's memory of 34359738368 bytes",
+            ),
+            (
+                4 * gib,
+                none,
+                32,
+                "ram of 4294967296 bytes ends at 0x140000000, beyond the 32 address bits of the guest",
+            ),
+        ] {
+            let error = check(size_bytes, options, address_bits, 32 * gib).expect_err(told);
+            assert_eq!(error.to_string(), told);
+        }
+        check(3 * gib, none, 32, 32 * gib).expect("it ends at the hole");
+    }
+
+    #[test]
+    fn ram_costs_what_was_touched_and_nothing_after_a_clear() {
+        let ram = GuestRam::new(RAM_MIN_BYTES, RamOptions::default(), 36).expect("64 MiB are there");
+        assert_eq!(ram.resident_bytes().expect("the file has metadata"), 0);
+        let middle = GuestAddress(RAM_MIN_BYTES / 2);
+        ram.memory().write_obj(7u64, middle).expect("in ram");
+        let resident_bytes = ram.resident_bytes().expect("the file has metadata");
+        assert!(
+            (4096..=HUGE_PAGE_BYTES).contains(&resident_bytes),
+            "{resident_bytes}"
+        );
+        ram.clear().expect("a memory file has holes");
+        assert_eq!(ram.resident_bytes().expect("the file has metadata"), 0);
+        assert_eq!(ram.memory().read_obj::<u64>(middle).expect("in ram"), 0);
+    }
+
+    #[test]
+    fn ram_above_the_hole_is_a_region_of_its_own() {
+        let size_bytes = LOW_RAM_END + RAM_GRANULE_BYTES;
+        let ram = GuestRam::new(size_bytes, RamOptions::default(), 40).expect("untouched ram costs nothing");
+        let regions: Vec<_> = ram
+            .memory()
+            .iter()
+            .map(|region| (region.start_addr().0, region.len()))
+            .collect();
+        assert_eq!(regions, [(0, LOW_RAM_END), (HIGH_RAM_START, RAM_GRANULE_BYTES)]);
+        let vm = Arc::new(FakeVm::default());
+        let slots = ram
+            .plug_in(&Memslots::new(vm.clone(), 2))
+            .expect("two are enough");
+        assert_eq!(vm.memslot_count(), 2);
+        drop(slots);
+        assert_eq!(vm.memslot_count(), 0);
+        assert_eq!((ram.low_end(), ram.size_bytes()), (LOW_RAM_END, size_bytes));
+    }
+
+    proptest! {
+        #[test]
+        fn the_pieces_cover_the_file_and_stay_out_of_the_hole(mib in 64u64..=65536) {
+            let ranges = split(mib << 20);
+            let mut offset = 0;
+            for range in &ranges {
+                prop_assert_eq!(range.file_offset, offset);
+                offset += range.size_bytes;
+                let end = range.guest_address + range.size_bytes;
+                prop_assert!(end <= LOW_RAM_END || range.guest_address >= HIGH_RAM_START);
+            }
+            prop_assert_eq!(offset, mib << 20);
+            let last = ranges[ranges.len() - 1];
+            prop_assert_eq!(guest_end(mib << 20), last.guest_address + last.size_bytes);
+        }
+    }
 }
