@@ -7,8 +7,8 @@
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 
 use event_manager::{
     EventManager, EventOps, EventSet, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId, SubscriberOps,
@@ -31,10 +31,14 @@ pub struct Source {
     pub token: u32,
 }
 
-/// The thread of a VM's device event loop. Dropping it stops and joins the thread.
+/// The thread of a VM's device event loop.
+///
+/// Dropping it stops the loop and waits until no handler runs any more. It does not wait for the thread's exit: the
+/// kernel may hold a thread that has submitted I/O until a stuck disk answers, and nobody should wait for that.
 pub struct EventLoop {
     handle: LoopHandle,
-    thread: Option<JoinHandle<()>>,
+    /// Closed when the loop has ended; in a lock only so that the loop can be shared.
+    ended: Mutex<Receiver<()>>,
 }
 
 /// Adds handlers to an [`EventLoop`]; cheap to clone.
@@ -71,20 +75,24 @@ impl EventLoop {
             endpoint: manager.remote_endpoint(),
             stop: stop.clone(),
         };
+        let (end, ended) = channel();
         let run = move || {
             while !stop.load(Ordering::Acquire) {
                 if let Err(error) = manager.run() {
                     log::error!("device event loop: {error}");
                 }
             }
+            // The handlers go before the end is told: they hold devices, and those guest memory.
+            drop(manager);
+            drop(end);
         };
-        let thread = std::thread::Builder::new()
+        std::thread::Builder::new()
             .name(name.to_owned())
             .spawn(run)
             .map_err(LoopError::Thread)?;
         Ok(Self {
             handle,
-            thread: Some(thread),
+            ended: Mutex::new(ended),
         })
     }
 
@@ -99,11 +107,8 @@ impl Drop for EventLoop {
         self.handle.stop.store(true, Ordering::Release);
         // The kick fails only when the loop has ended already.
         let _ = self.handle.endpoint.kick();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            log::error!("the device event loop panicked");
-        }
+        // Told by the sender's end, also when a handler panicked.
+        let _ = self.ended.lock().unwrap_or_else(PoisonError::into_inner).recv();
     }
 }
 

@@ -157,26 +157,15 @@ impl BootSource {
     /// # Errors
     /// [`BootError`] when something does not fit into the RAM or a file changed for the worse.
     pub fn load(&self, ram: &GuestRam, rsdp: u64) -> Result<BootEntry, BootError> {
-        let kernel = self.inspect_kernel()?;
-        let ram_end = ram.low_end();
-        if kernel.end > ram_end {
-            return Err(BootError::KernelTooLarge {
-                path: self.kernel.path.clone(),
-                needed_end: kernel.end,
-                ram_end,
-            });
-        }
-        check_cmdline(&self.cmdline, kernel.cmdline_max_bytes - 1)?;
+        let (kernel, initrd) = self.place(ram)?;
         let loaded = kernel.load(&self.kernel.file, ram.memory());
         let (entry, header) = loaded.map_err(|error| BootError::NotAKernel {
             path: self.kernel.path.clone(),
             reason: error.to_string(),
         })?;
-        let room_end = ram_end.min(kernel.initrd_end_max);
-        let initrd = match &self.initrd {
-            Some(initrd) => Some(initrd.load_below(room_end, kernel.end, ram)?),
-            None => None,
-        };
+        if let (Some(file), Some((address, size_bytes))) = (&self.initrd, initrd) {
+            file.load_at(address, size_bytes, ram)?;
+        }
         let memory_error = |what| move |source| BootError::Memory { what, source };
         let cmdline = [self.cmdline.as_bytes(), &[0]].concat();
         ram.memory()
@@ -191,6 +180,34 @@ impl BootSource {
         params::write(ram.memory(), entry.protocol, header, &facts)
             .map_err(memory_error("the boot parameters"))?;
         Ok(entry)
+    }
+
+    /// Checks that everything fits into `ram`, which stays untouched.
+    ///
+    /// # Errors
+    /// [`BootError`], as [`BootSource::load`] would.
+    pub fn check(&self, ram: &GuestRam) -> Result<(), BootError> {
+        self.place(ram).map(drop)
+    }
+
+    /// The kernel, and the initrd's address and size.
+    fn place(&self, ram: &GuestRam) -> Result<(Kernel, Option<(u32, u32)>), BootError> {
+        let kernel = self.inspect_kernel()?;
+        let ram_end = ram.low_end();
+        if kernel.end > ram_end {
+            return Err(BootError::KernelTooLarge {
+                path: self.kernel.path.clone(),
+                needed_end: kernel.end,
+                ram_end,
+            });
+        }
+        check_cmdline(&self.cmdline, kernel.cmdline_max_bytes - 1)?;
+        let room_end = ram_end.min(kernel.initrd_end_max);
+        let initrd = match &self.initrd {
+            Some(initrd) => Some(initrd.place_below(room_end, kernel.end)?),
+            None => None,
+        };
+        Ok((kernel, initrd))
     }
 
     fn inspect_kernel(&self) -> Result<Kernel, BootError> {
@@ -210,14 +227,18 @@ impl BootSource {
 }
 
 impl Opened {
-    /// Reads the initrd to the highest page-aligned address that ends it below `room_end`. Returns address and size.
-    fn load_below(&self, room_end: u64, room_start: u64, ram: &GuestRam) -> Result<(u32, u32), BootError> {
-        let read_error = |source| BootError::Read {
+    fn read_error(&self, source: io::Error) -> BootError {
+        BootError::Read {
             what: "initrd",
             path: self.path.clone(),
             source,
-        };
-        let size_bytes = self.file.metadata().map_err(read_error)?.len();
+        }
+    }
+
+    /// The highest page-aligned address that ends the initrd below `room_end`, and its size.
+    fn place_below(&self, room_end: u64, room_start: u64) -> Result<(u32, u32), BootError> {
+        let metadata = self.file.metadata();
+        let size_bytes = metadata.map_err(|source| self.read_error(source))?.len();
         let room_start = room_start.next_multiple_of(PAGE_BYTES);
         let room_bytes = room_end.saturating_sub(room_start);
         let too_large = || BootError::InitrdTooLarge {
@@ -230,14 +251,17 @@ impl Opened {
         if address < room_start {
             return Err(too_large());
         }
-        let mut file = &self.file;
-        file.rewind().map_err(read_error)?;
         // Both are below `room_end`, which is at most 4 GiB.
-        let (size, target) = (size_bytes as usize, GuestAddress(address));
-        ram.memory()
-            .read_exact_volatile_from(target, &mut file, size)
-            .map_err(|error| read_error(io::Error::other(error)))?;
         Ok((address as u32, size_bytes as u32))
+    }
+
+    /// Reads the initrd to where it was placed.
+    fn load_at(&self, address: u32, size_bytes: u32, ram: &GuestRam) -> Result<(), BootError> {
+        let mut file = &self.file;
+        file.rewind().map_err(|source| self.read_error(source))?;
+        ram.memory()
+            .read_exact_volatile_from(GuestAddress(address.into()), &mut file, size_bytes as usize)
+            .map_err(|error| self.read_error(io::Error::other(error)))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::ids::{Bdf, DiskName};
+use crate::ids::{Bdf, DiskName, UnitName};
 
 /// A disk of a VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,6 +15,13 @@ pub struct DiskConfig {
     pub read_only: bool,
     /// The disk's PCI address.
     pub bdf: Bdf,
+}
+
+impl DiskConfig {
+    /// The name of the disk's unit.
+    pub fn unit_name(&self) -> UnitName {
+        UnitName::new(format!("disk-{}", self.name)).expect("a disk's name is short and printable")
+    }
 }
 
 /// What is said about a disk when it is added. Unless said otherwise it is writable and gets the first free PCI slot.

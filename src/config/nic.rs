@@ -1,7 +1,7 @@
 //! A network card on paper.
 
 use super::builder::ConfigError;
-use crate::ids::{Bdf, MacAddr, NicName};
+use crate::ids::{Bdf, MacAddr, NicName, UnitName};
 
 /// The most queue pairs that a card can have.
 pub const QUEUE_PAIRS_MAX: u16 = 16;
@@ -23,6 +23,14 @@ pub struct NicConfig {
     pub bdf: Bdf,
     /// Whether the cable is plugged in.
     pub link_up: bool,
+}
+
+impl NicConfig {
+    /// The name of the card's unit.
+    pub fn unit_name(&self) -> UnitName {
+        UnitName::new(format!("nic-{}", self.name))
+            .expect("a card's name is short and has no control characters")
+    }
 }
 
 /// What is said about a network card when it is added. Unless said otherwise it has one queue pair, a link, the first

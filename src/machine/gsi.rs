@@ -9,9 +9,8 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
-    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
-    kvm_irq_routing_irqchip, kvm_irq_routing_msi,
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, kvm_irq_routing_entry,
+    kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip, kvm_irq_routing_msi,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -66,7 +65,7 @@ pub enum GsiError {
 }
 
 impl GsiTable {
-    /// Makes the table of `vm`, which has an in-kernel irqchip with KVM's default routing for the pins.
+    /// Makes the table of `vm`, which has an in-kernel irqchip.
     pub fn new(vm: Arc<dyn HostVm>) -> Self {
         Self {
             inner: Arc::new(Inner {
@@ -74,6 +73,20 @@ impl GsiTable {
                 routes: Mutex::new(BTreeMap::new()),
             }),
         }
+    }
+
+    /// Hands the table to KVM, which until then routes the pins to the PICs too. Called once, before any vCPU runs.
+    ///
+    /// # Errors
+    /// [`GsiError::Host`] when the host refuses.
+    pub fn install(&self) -> Result<(), GsiError> {
+        let entries = entries(&self.inner.lock());
+        let installed = self.inner.vm.set_gsi_routing(&entries);
+        installed.map_err(|source| GsiError::Host {
+            what: "the interrupt routes of the pins",
+            gsi: 0,
+            source,
+        })
     }
 
     /// Takes a free GSI for one MSI vector, masked at first.
@@ -241,18 +254,11 @@ fn trigger(irqfd: &EventFd, gsi: u32) {
     }
 }
 
-/// The whole routing table: KVM's default for the pins, then the MSI routes.
+/// The whole routing table: the pins of the I/O APIC, then the MSI routes. The PICs get no interrupts: a hardware-reduced
+/// ACPI guest never programs them, and an unprogrammed PIC delivers its interrupts as exceptions.
 fn entries(routes: &BTreeMap<u32, Route>) -> Vec<kvm_irq_routing_entry> {
     let mut entries = Vec::with_capacity(40 + routes.len());
     for gsi in 0..IOAPIC_PIN_COUNT {
-        if gsi < 16 {
-            let irqchip = if gsi < 8 {
-                KVM_IRQCHIP_PIC_MASTER
-            } else {
-                KVM_IRQCHIP_PIC_SLAVE
-            };
-            entries.push(pin(gsi, irqchip, gsi % 8));
-        }
         // Pin 2 carries the timer (ISA IRQ 0), as KVM's default routing has it.
         entries.push(pin(gsi, KVM_IRQCHIP_IOAPIC, if gsi == 0 { 2 } else { gsi }));
     }

@@ -1,1 +1,294 @@
 //! The VM object: decides, owns, orders.
+//!
+//! [`Vm`] is a cheap handle. Behind all handles of a VM stands one supervisor thread, which owns the state and does one
+//! thing after another; handles send it requests and wait for its answers, never for the guest.
+
+pub mod builder;
+mod error;
+pub mod fake;
+pub mod host;
+mod mailbox;
+pub mod operation;
+mod ops;
+pub mod platform;
+mod shared;
+mod supervisor;
+pub mod transition;
+mod units;
+
+use std::fmt;
+use std::io;
+use std::path::Path;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+pub use error::{OperationError, RequestError};
+pub use mailbox::Mailbox;
+
+use crate::config::{StateDir, StateDirError, VmConfig};
+use crate::event::EventStream;
+use crate::state::State;
+use crate::vm::mailbox::{Message, Request};
+use crate::vm::operation::{Operation, OperationKind};
+use crate::vm::platform::{BuildError, DeviceStatus, Platform};
+use crate::vm::shared::Shared;
+use crate::vm::supervisor::Supervisor;
+
+/// A virtual machine. Cheap to clone; all clones are the same VM.
+///
+/// When the last clone is dropped the guest's power is cut and everything the VM holds is given back before `drop`
+/// returns. The process never exits or panics on behalf of a guest.
+#[derive(Clone)]
+pub struct Vm {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    shared: Arc<Shared>,
+    config: Arc<VmConfig>,
+    mailbox: Sender<Message>,
+    supervisor: Option<JoinHandle<()>>,
+    /// Locks the VM's directory for as long as there are handles.
+    _state_dir: Option<StateDir>,
+}
+
+/// What a VM is doing, read at one moment.
+#[derive(Debug, Clone)]
+pub struct VmStatus {
+    /// The state.
+    pub state: State,
+    /// The operation in flight.
+    pub operation: Option<OperationKind>,
+    /// The devices that a running machine has; empty when there is none.
+    pub devices: Vec<DeviceStatus>,
+}
+
+/// Why a VM could not be made. Nothing has been created or left behind.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// The host cannot build the machine.
+    #[error("the vm cannot run here")]
+    Build(#[from] BuildError),
+    /// The VM's directory cannot be used.
+    #[error("the state directory cannot be used")]
+    StateDir(#[from] StateDirError),
+    /// The host refused the supervisor's thread.
+    #[error("cannot start the supervisor's thread")]
+    Thread(#[source] io::Error),
+}
+
+impl fmt::Debug for Vm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Vm({} {})", self.inner.config.name(), self.state())
+    }
+}
+
+impl Vm {
+    /// Makes a VM that lives in this process only: nothing of it is written to disk.
+    ///
+    /// The host is checked first, so that most of what would make `start` fail is told here. The VM is Off.
+    ///
+    /// # Errors
+    /// [`CreateError`].
+    pub fn new(config: VmConfig, platform: Arc<dyn Platform>) -> Result<Self, CreateError> {
+        platform.check(&config)?;
+        Self::spawn(config, platform, None)
+    }
+
+    /// Makes a VM whose configuration is kept in the directory `dir`, which is created if it is missing.
+    ///
+    /// # Errors
+    /// [`CreateError`], also when `dir` holds a VM already or is in use by another process.
+    pub fn create(dir: &Path, config: VmConfig, platform: Arc<dyn Platform>) -> Result<Self, CreateError> {
+        platform.check(&config)?;
+        let state_dir = StateDir::create(dir, &config)?;
+        Self::spawn(config, platform, Some(state_dir))
+    }
+
+    /// Opens the VM that is kept in the directory `dir`. The VM is Off; the host is checked when it is started.
+    ///
+    /// # Errors
+    /// [`CreateError::StateDir`] when there is no VM, its document is damaged or it is in use by another process.
+    pub fn open(dir: &Path, platform: Arc<dyn Platform>) -> Result<Self, CreateError> {
+        let (state_dir, config) = StateDir::open(dir)?;
+        Self::spawn(config, platform, Some(state_dir))
+    }
+
+    fn spawn(
+        config: VmConfig,
+        platform: Arc<dyn Platform>,
+        state_dir: Option<StateDir>,
+    ) -> Result<Self, CreateError> {
+        let shared = Arc::new(Shared::new());
+        let config = Arc::new(config);
+        let (sender, receiver) = channel();
+        let supervisor = Supervisor::new(shared.clone(), platform, config.clone(), sender.clone());
+        let thread = std::thread::Builder::new()
+            .name("vm-supervisor".to_owned())
+            .spawn(move || supervisor.run(&receiver))
+            .map_err(CreateError::Thread)?;
+        let inner = Inner {
+            shared,
+            config,
+            mailbox: sender,
+            supervisor: Some(thread),
+            _state_dir: state_dir,
+        };
+        Ok(Self {
+            inner: Arc::new(inner),
+        })
+    }
+
+    /// Starts the guest from power-on. Allowed in Off.
+    ///
+    /// # Errors
+    /// [`RequestError`] when the state or another operation forbids it. What the host refuses is told by the
+    /// operation's outcome.
+    pub fn start(&self) -> Result<Operation, RequestError> {
+        self.request(OperationKind::Start, None)
+    }
+
+    /// Makes the guest stand still. Allowed in Running. Its clock stands still too.
+    ///
+    /// # Errors
+    /// [`RequestError`] when the state or another operation forbids it.
+    pub fn pause(&self) -> Result<Operation, RequestError> {
+        self.request(OperationKind::Pause, None)
+    }
+
+    /// Lets a paused guest go on. Allowed in Paused.
+    ///
+    /// # Errors
+    /// [`RequestError`] when the state or another operation forbids it.
+    pub fn resume(&self) -> Result<Operation, RequestError> {
+        self.request(OperationKind::Resume, None)
+    }
+
+    /// Resets the machine: the guest boots again, from the kernel that it was started with. Allowed in Running, and in
+    /// Paused, where it stays paused.
+    ///
+    /// # Errors
+    /// [`RequestError`] when the state or another operation forbids it.
+    pub fn reset(&self) -> Result<Operation, RequestError> {
+        self.request(OperationKind::Reset, None)
+    }
+
+    /// Asks the guest to shut itself down, by the ACPI power button. Allowed in Running. The operation is done when
+    /// the guest is off; after `within` it ends with [`operation::Outcome::DeadlinePassed`] and the guest, which may
+    /// still obey, is left as it is.
+    ///
+    /// # Errors
+    /// [`RequestError`] when the state or another operation forbids it.
+    pub fn shut_down(&self, within: Duration) -> Result<Operation, RequestError> {
+        self.request(OperationKind::ShutDown, Some(within))
+    }
+
+    /// Cuts the power. Allowed in every state but Off and Stopping, and overtakes the operation in flight.
+    ///
+    /// # Errors
+    /// [`RequestError`] in Off and Stopping.
+    pub fn power_off(&self) -> Result<Operation, RequestError> {
+        self.request(OperationKind::PowerOff, None)
+    }
+
+    /// The state, as last published. It may have changed when the caller looks at it.
+    pub fn state(&self) -> State {
+        self.inner.shared.state().0
+    }
+
+    /// Waits at most `within` until the VM is `wanted`; tells whether it is.
+    pub fn wait_for(&self, wanted: State, within: Duration) -> bool {
+        self.inner.shared.wait_for(wanted, within)
+    }
+
+    /// Everything that happens to the VM from now on.
+    pub fn events(&self) -> EventStream {
+        self.inner
+            .shared
+            .events
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .subscribe()
+    }
+
+    /// What the VM is, on paper.
+    pub fn config(&self) -> Arc<VmConfig> {
+        self.inner.config.clone()
+    }
+
+    /// State, operation in flight and devices, read at one moment, after every request made before.
+    ///
+    /// # Errors
+    /// [`RequestError::Gone`].
+    pub fn status(&self) -> Result<VmStatus, RequestError> {
+        self.ask(|supervisor| VmStatus {
+            state: supervisor.state,
+            operation: supervisor.in_flight(),
+            devices: supervisor
+                .machine
+                .as_ref()
+                .map_or_else(Vec::new, |machine| machine.devices()),
+        })
+    }
+
+    /// Everything the VM's components tell of themselves, for people and tools. The form is not stable.
+    ///
+    /// # Errors
+    /// [`RequestError::Gone`].
+    pub fn inspect(&self) -> Result<Value, RequestError> {
+        self.ask(|supervisor| {
+            json!({
+                "state": supervisor.state,
+                "operation": supervisor.in_flight().map(OperationKind::as_str),
+                "machine": supervisor.machine.as_ref().map(|machine| machine.inspect()),
+            })
+        })
+    }
+
+    fn request(&self, kind: OperationKind, within: Option<Duration>) -> Result<Operation, RequestError> {
+        let (reply, answer) = channel();
+        let message = Message::Request {
+            request: Request { kind, within },
+            reply,
+        };
+        self.inner.mailbox.send(message).map_err(|_| RequestError::Gone)?;
+        answer.recv().map_err(|_| RequestError::Gone)?
+    }
+
+    fn ask<T: Send + 'static>(
+        &self,
+        question: impl FnOnce(&Supervisor) -> T + Send + 'static,
+    ) -> Result<T, RequestError> {
+        let (reply, answer) = channel();
+        let query = move |supervisor: &Supervisor| {
+            // The caller waits below; it is gone only when its thread is.
+            let _ = reply.send(question(supervisor));
+        };
+        self.inner
+            .mailbox
+            .send(Message::Query(Box::new(query)))
+            .map_err(|_| RequestError::Gone)?;
+        answer.recv().map_err(|_| RequestError::Gone)
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // When the supervisor is gone already there is nothing left to stop.
+        let _ = self.mailbox.send(Message::HandlesGone);
+        if self
+            .supervisor
+            .take()
+            .is_some_and(|thread| thread.join().is_err())
+        {
+            log::error!("the supervisor of vm {} panicked", self.config.name());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -8,7 +8,14 @@
 mod harness;
 
 mod basics;
+mod block;
+mod boot;
+mod guest;
 mod guest_image;
+mod hostile;
+mod lifecycle;
+mod net;
+mod programs;
 
 use std::process::ExitCode;
 
@@ -22,7 +29,18 @@ fn main() -> ExitCode {
     if let Verdict::Ignore(why) | Verdict::Fail(why) = &verdict {
         eprintln!("KVM tests cannot run: {why}");
     }
-    let bodies = [basics::trials(), guest_image::trials()].into_iter().flatten();
+    let bodies = [
+        basics::trials(),
+        guest_image::trials(),
+        boot::trials(),
+        lifecycle::trials(),
+        block::trials(),
+        net::trials(),
+        hostile::trials(),
+        programs::trials(),
+    ]
+    .into_iter()
+    .flatten();
     let trials = bodies.map(|body| trial(body, &verdict)).collect();
     libtest_mimic::run(&arguments, trials).exit_code()
 }

@@ -19,6 +19,7 @@ mod saved;
 mod state;
 mod thread;
 
+use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
@@ -71,6 +72,21 @@ pub enum VcpuExitReason {
     Unsupported { exit: String },
     /// `KVM_RUN`, or the reset before it, failed.
     Host { errno: i32 },
+}
+
+impl fmt::Display for VcpuExitReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Shutdown => f.write_str("triple fault"),
+            Self::SystemEvent { kind } => write!(f, "kvm reports system event {kind}"),
+            Self::Halted => f.write_str("it halted outside the in-kernel apic"),
+            Self::InternalError { suberror } => write!(f, "kvm internal error, suberror {suberror}"),
+            Self::FailEntry { reason } => write!(f, "the processor refused the entry, reason {reason:#x}"),
+            Self::MemoryFault { address } => write!(f, "the memory at {address:#x} cannot be had"),
+            Self::Unsupported { exit } => write!(f, "unsupported exit {exit}"),
+            Self::Host { errno } => write!(f, "{}", io::Error::from_raw_os_error(*errno)),
+        }
+    }
 }
 
 /// Where a vCPU's accesses go.

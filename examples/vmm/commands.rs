@@ -1,0 +1,110 @@
+//! The commands: each is one request to the VM, answered when it has ended.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use vm_lifecycle::state::State;
+use vm_lifecycle::vm::operation::{Operation, Outcome};
+use vm_lifecycle::vm::{RequestError, Vm};
+
+/// How long `shut-down` and `wait` wait when they are not told.
+const DEFAULT_SECONDS: u64 = 60;
+
+/// Runs `command`; the value's fields go into the reply, the error becomes its text.
+pub fn run(vm: &Vm, command: &str, rest: &[&str]) -> Result<Value, String> {
+    match (command, rest) {
+        ("start", []) => finish(vm.start()),
+        ("pause", []) => finish(vm.pause()),
+        ("resume", []) => finish(vm.resume()),
+        ("reset", []) => finish(vm.reset()),
+        ("power-off", []) => finish(vm.power_off()),
+        ("shut-down", []) => finish(vm.shut_down(Duration::from_secs(DEFAULT_SECONDS))),
+        ("shut-down", [seconds]) => finish(vm.shut_down(parse_seconds(seconds)?)),
+        ("wait", [state]) => wait(vm, state, Duration::from_secs(DEFAULT_SECONDS)),
+        ("wait", [state, seconds]) => wait(vm, state, parse_seconds(seconds)?),
+        ("status", []) => status(vm),
+        ("inspect", []) => Ok(json!({ "inspect": vm.inspect().map_err(|error| error.to_string())? })),
+        ("quit", []) => Ok(json!({})),
+        (
+            "start" | "pause" | "resume" | "reset" | "power-off" | "shut-down" | "wait" | "status"
+            | "inspect" | "quit",
+            _,
+        ) => Err(format!("wrong number of words after {command:?}")),
+        _ => Err(format!(
+            "unknown command {command:?}; commands are start, status, pause, resume, reset, shut-down [SECONDS], \
+             power-off, wait STATE [SECONDS], inspect, quit"
+        )),
+    }
+}
+
+fn finish(operation: Result<Operation, RequestError>) -> Result<Value, String> {
+    let operation = operation.map_err(|error| error.to_string())?;
+    match operation.wait(Duration::MAX) {
+        Some(Outcome::Done) => Ok(json!({})),
+        Some(outcome) => Err(outcome.to_string()),
+        None => Err("the operation goes on".to_owned()),
+    }
+}
+
+fn wait(vm: &Vm, state: &str, within: Duration) -> Result<Value, String> {
+    let wanted: State = state
+        .parse()
+        .map_err(|error: vm_lifecycle::state::UnknownState| error.to_string())?;
+    if vm.wait_for(wanted, within) {
+        return Ok(json!({ "state": wanted }));
+    }
+    Err(format!(
+        "the vm is {} after {} seconds, not {wanted}",
+        vm.state(),
+        within.as_secs_f64()
+    ))
+}
+
+fn parse_seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text
+        .parse::<f64>()
+        .map_err(|_| format!("{text:?} is not a number of seconds"))?;
+    Duration::try_from_secs_f64(seconds).map_err(|error| format!("{text:?} seconds: {error}"))
+}
+
+fn status(vm: &Vm) -> Result<Value, String> {
+    let status = vm.status().map_err(|error| error.to_string())?;
+    let config = vm.config();
+    let ready = |unit: &str| {
+        status
+            .devices
+            .iter()
+            .any(|d| d.unit.as_str() == unit && d.driver_ready)
+    };
+    let nics: Vec<_> = config
+        .nics()
+        .iter()
+        .map(|nic| {
+            json!({
+                "name": nic.name, "mac": nic.mac, "bdf": nic.bdf, "link": if nic.link_up { "up" } else { "down" },
+                "driver_ready": ready(nic.unit_name().as_str()),
+            })
+        })
+        .collect();
+    let disks: Vec<_> = config
+        .disks()
+        .iter()
+        .map(|disk| {
+            json!({
+                "name": disk.name, "path": disk.path, "readonly": disk.read_only, "bdf": disk.bdf,
+                "driver_ready": ready(disk.unit_name().as_str()),
+            })
+        })
+        .collect();
+    let memory = config.memory();
+    Ok(json!({
+        "state": status.state,
+        "operation": status.operation.map(|operation| operation.as_str()),
+        "name": config.name(),
+        "config_version": config.version(),
+        "cpus": config.cpu_count(),
+        "memory": { "startup": memory.startup_bytes, "maximum": memory.maximum_bytes },
+        "nics": nics,
+        "disks": disks,
+    }))
+}

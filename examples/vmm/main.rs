@@ -1,0 +1,114 @@
+//! A small complete VMM in the crate's public API: one VM, driven by text.
+//!
+//! ```text
+//! vmm --state-dir DIR [--name NAME --kernel FILE [--initrd FILE] [--cmdline STR] [--cpus N] [--memory SIZE]
+//!     [--memory-max SIZE] [--disk name=N,path=P[,readonly]]... [--nic name=N,tap=T[,mac=M]]...
+//!     [--config-version V]] [--console FILE]
+//! ```
+//! With `--name` a new VM is made in DIR; without it the VM in DIR is opened. The guest is not started by itself.
+//! Standard input takes one command per line, standard output carries one JSON object per line: replies in command
+//! order, events at any time. The end of input is `quit`. The exit status is 0 unless the VM could not be made.
+
+mod arguments;
+mod commands;
+
+use std::fs::File;
+use std::io::{self, BufRead, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use vm_lifecycle::event::EventStream;
+use vm_lifecycle::vm::Vm;
+use vm_lifecycle::vm::host::{HostDevices, KvmPlatform};
+use vm_lifecycle::vm::operation::ErrorChain;
+
+use crate::arguments::Arguments;
+
+/// Gives the guest a file as its serial port; a restarted guest goes on at its end.
+struct Console {
+    path: Option<PathBuf>,
+}
+
+impl HostDevices for Console {
+    fn serial_output(&self) -> io::Result<Box<dyn Write + Send>> {
+        match &self.path {
+            Some(path) => Ok(Box::new(File::options().create(true).append(true).open(path)?)),
+            None => Ok(Box::new(io::sink())),
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    match make_vm() {
+        Ok(vm) => {
+            serve(vm);
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("vmm: {}", ErrorChain(&*error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn make_vm() -> Result<Vm, Box<dyn std::error::Error>> {
+    let arguments = Arguments::parse(std::env::args().skip(1))?;
+    let console = Console {
+        path: arguments.console,
+    };
+    // A console file that cannot be written is told now, not at the first start.
+    console
+        .serial_output()
+        .map_err(|error| format!("the console file cannot be opened: {error}"))?;
+    let platform = Arc::new(KvmPlatform::new(console));
+    Ok(match arguments.new_vm {
+        Some(config) => Vm::create(&arguments.state_dir, config.build()?, platform)?,
+        None => Vm::open(&arguments.state_dir, platform)?,
+    })
+}
+
+fn serve(vm: Vm) {
+    let events = vm.events();
+    let printer = std::thread::spawn(move || print_events(&events));
+    for line in io::stdin().lock().lines() {
+        let Ok(line) = line else { break };
+        let words: Vec<_> = line.split_whitespace().collect();
+        let Some((&command, rest)) = words.split_first() else {
+            continue;
+        };
+        print(&match commands::run(&vm, command, rest) {
+            Ok(Value::Object(fields)) => {
+                let mut reply = json!({ "reply": command, "ok": true });
+                reply.as_object_mut().expect("made as an object").extend(fields);
+                reply
+            }
+            Ok(_) => json!({ "reply": command, "ok": true }),
+            Err(error) => json!({ "reply": command, "ok": false, "error": error }),
+        });
+        if command == "quit" {
+            break;
+        }
+    }
+    drop(vm);
+    if printer.join().is_err() {
+        eprintln!("vmm: the event printer panicked");
+    }
+}
+
+fn print_events(events: &EventStream) {
+    while let Some(event) = events.next(Duration::MAX) {
+        match serde_json::to_value(&event) {
+            Ok(value) => print(&value),
+            Err(error) => eprintln!("vmm: event {} cannot be written: {error}", event.number),
+        }
+    }
+}
+
+fn print(value: &Value) {
+    let mut output = io::stdout().lock();
+    // A reader that went away does not stop the VM; the end of input does.
+    let _ = writeln!(output, "{value}").and_then(|()| output.flush());
+}

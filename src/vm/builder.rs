@@ -1,0 +1,337 @@
+//! Builds the machine of a configuration on KVM, in the order that `docs/ARCHITECTURE.md` gives the reasons for.
+//!
+//! Everything taken from the host is held by a guard inside the machine, so a step that fails undoes all before it.
+
+use std::sync::Arc;
+
+use crate::acpi::device::{ACPI_DEVICE_BYTES, AcpiDevice};
+use crate::acpi::pvpanic::{PVPANIC_PORT, Pvpanic};
+use crate::acpi::tables::AcpiTables;
+use crate::boot::BootSource;
+use crate::bus::{Bus, BusClaim, BusDevice};
+use crate::config::{CONSOLE_BDF, DiskConfig, NicConfig, RNG_BDF, VmConfig};
+use crate::event_loop::EventLoop;
+use crate::ids::{Bdf, UnitName};
+use crate::legacy::i8042::I8042;
+use crate::legacy::reset_control::{RESET_CONTROL_PORT, ResetControl};
+use crate::legacy::rtc::{RTC_PORT_COUNT, Rtc};
+use crate::legacy::serial::Serial;
+use crate::machine::clock::Clock;
+use crate::machine::gsi::GsiTable;
+use crate::machine::ioevents::IoEvents;
+use crate::machine::irqchip::{Irqchip, Pit};
+use crate::machine::kvm::{Kvm, KvmVm};
+use crate::machine::memslots::Memslots;
+use crate::machine::vcpu::{Buses, Vcpu};
+use crate::memory::layout::{
+    ACPI_REGISTERS_BASE, GED_GSI, I8042_COMMAND_PORT, RTC_PORT, SERIAL_GSI, SERIAL_PORT, SERIAL_PORT_COUNT,
+};
+use crate::memory::region::{GuestRam, RamOptions};
+use crate::pci::root::PciRoot;
+use crate::pci::slots::OccupiedSlot;
+use crate::unit::Unit;
+use crate::virtio::block::Block;
+use crate::virtio::console::{Console, PortConfig};
+use crate::virtio::device::VirtioDevice;
+use crate::virtio::net::Net;
+use crate::virtio::rng::Rng;
+use crate::virtio::transport::{TransportResources, VirtioPciDevice};
+use crate::vm::host::{HostDevices, HostPort};
+use crate::vm::mailbox::Mailbox;
+use crate::vm::platform::{BuildError, Machine, Platform};
+use crate::vm::units::KvmMachine;
+
+/// Builds machines on this host's KVM, with devices that get their host side from `H`.
+pub struct KvmPlatform<H> {
+    host: H,
+}
+
+impl<H: HostDevices> KvmPlatform<H> {
+    /// Uses `host` for every machine built.
+    pub fn new(host: H) -> Self {
+        Self { host }
+    }
+}
+
+impl<H: HostDevices> Platform for KvmPlatform<H> {
+    fn check(&self, config: &VmConfig) -> Result<(), BuildError> {
+        let kvm = Kvm::open()?;
+        check_vcpus(&kvm, config)?;
+        open_boot(config)?.check(&new_ram(&kvm, config)?)?;
+        for disk in config.disks() {
+            self.open_disk(disk)?;
+        }
+        for nic in config.nics() {
+            self.open_nic(nic)?;
+        }
+        Ok(())
+    }
+
+    fn build(&self, config: &VmConfig, mailbox: Mailbox) -> Result<Arc<dyn Machine>, BuildError> {
+        let kvm = Kvm::open()?;
+        check_vcpus(&kvm, config)?;
+        let boot = open_boot(config)?;
+        let mut assembly = Assembly::new(&kvm, new_ram(&kvm, config)?, mailbox)?;
+        assembly.add_platform(self.serial_output()?)?;
+        let entropy = |source| BuildError::Host {
+            what: "its source of entropy",
+            source,
+        };
+        assembly.add_virtio(rng_name(), RNG_BDF, Box::new(Rng::new().map_err(entropy)?))?;
+        if let Some(console) = self.console()? {
+            assembly.add_virtio(console_name(), CONSOLE_BDF, Box::new(console))?;
+        }
+        for disk in config.disks() {
+            let eventfd = |source| BuildError::Host {
+                what: "an eventfd for a disk",
+                source,
+            };
+            let backend = self.open_disk(disk)?;
+            let block = Block::new(&disk.name, backend, queue_count(config)).map_err(eventfd)?;
+            assembly.add_virtio(disk.unit_name(), disk.bdf, Box::new(block))?;
+        }
+        for nic in config.nics() {
+            let mut net = Net::new(nic.mac, self.open_nic(nic)?)?;
+            net.set_link(nic.link_up);
+            assembly.add_virtio(nic.unit_name(), nic.bdf, Box::new(net))?;
+        }
+        assembly.finish(config.cpu_count(), boot)
+    }
+}
+
+impl<H: HostDevices> KvmPlatform<H> {
+    fn serial_output(&self) -> Result<Box<dyn std::io::Write + Send>, BuildError> {
+        let output = self.host.serial_output();
+        output.map_err(|source| BuildError::Host {
+            what: "the serial port's output",
+            source,
+        })
+    }
+
+    /// The console with its ports connected; `None` when the host gives no ports.
+    fn console(&self) -> Result<Option<Console>, BuildError> {
+        let refused = |source| BuildError::Host {
+            what: "the console's ports",
+            source,
+        };
+        let host_ports = self.host.ports().map_err(refused)?;
+        if host_ports.is_empty() {
+            return Ok(None);
+        }
+        let describe = |port: &HostPort| PortConfig {
+            name: port.name.clone(),
+            console: port.console,
+        };
+        let (console, ports) = Console::new(host_ports.iter().map(describe).collect())?;
+        for HostPort {
+            name,
+            console: _,
+            stream,
+        } in host_ports
+        {
+            ports.attach(&name, stream)?;
+        }
+        Ok(Some(console))
+    }
+
+    fn open_disk(&self, disk: &DiskConfig) -> Result<Box<dyn crate::storage::DiskBackend>, BuildError> {
+        let opened = self.host.disk(disk);
+        opened.map_err(|source| BuildError::Disk {
+            name: disk.name.clone(),
+            source,
+        })
+    }
+
+    fn open_nic(&self, nic: &NicConfig) -> Result<Box<dyn crate::net::NetBackend>, BuildError> {
+        let opened = self.host.nic(nic);
+        opened.map_err(|source| BuildError::Nic {
+            name: nic.name.clone(),
+            source,
+        })
+    }
+}
+
+fn check_vcpus(kvm: &Kvm, config: &VmConfig) -> Result<(), BuildError> {
+    let count = u32::from(config.cpu_count());
+    let count_max = kvm.vcpu_count_max();
+    if count > count_max {
+        Err(BuildError::Vcpus { count, count_max })
+    } else {
+        Ok(())
+    }
+}
+
+fn open_boot(config: &VmConfig) -> Result<BootSource, BuildError> {
+    let boot = config.boot();
+    Ok(BootSource::open(
+        &boot.kernel,
+        boot.initrd.as_deref(),
+        &boot.cmdline,
+    )?)
+}
+
+fn new_ram(kvm: &Kvm, config: &VmConfig) -> Result<GuestRam, BuildError> {
+    let memory = config.memory();
+    let options = RamOptions {
+        huge_pages: memory.huge_pages,
+    };
+    Ok(GuestRam::new(
+        memory.startup_bytes,
+        options,
+        kvm.physical_address_bits(),
+    )?)
+}
+
+/// One queue per vCPU spares the guest its locks; more than four brings a single event loop nothing.
+fn queue_count(config: &VmConfig) -> u16 {
+    config.cpu_count().clamp(1, 4).into()
+}
+
+fn rng_name() -> UnitName {
+    UnitName::new("rng").expect("a short name")
+}
+
+fn console_name() -> UnitName {
+    UnitName::new("console").expect("a short name")
+}
+
+/// A machine that is being built.
+struct Assembly {
+    vm: Arc<KvmVm>,
+    ram: GuestRam,
+    memslots: Vec<crate::machine::memslots::Memslot>,
+    buses: Buses,
+    gsi: GsiTable,
+    event_loop: EventLoop,
+    resources: TransportResources,
+    pci: Arc<PciRoot>,
+    mailbox: Mailbox,
+    claims: Vec<BusClaim>,
+    slots: Vec<OccupiedSlot>,
+    units: Vec<Arc<dyn Unit>>,
+    devices: Vec<Arc<VirtioPciDevice>>,
+    acpi: Option<Arc<AcpiDevice>>,
+}
+
+impl Assembly {
+    fn new(kvm: &Kvm, ram: GuestRam, mailbox: Mailbox) -> Result<Self, BuildError> {
+        let vm = kvm.create_vm()?;
+        let memslots = ram.plug_in(&Memslots::new(vm.clone(), kvm.memslot_count_max()))?;
+        let gsi = GsiTable::new(vm.clone());
+        gsi.install()?;
+        let buses = Buses {
+            pio: Bus::new(),
+            mmio: Bus::new(),
+        };
+        let event_loop = EventLoop::start("vm-devices")?;
+        let resources = TransportResources {
+            mmio: buses.mmio.clone(),
+            gsi: gsi.clone(),
+            ioevents: IoEvents::new(vm.clone()),
+            event_loop: event_loop.handle(),
+            memory: ram.memory().clone(),
+            listener: Arc::new(mailbox.clone()),
+        };
+        let pci = Arc::new(PciRoot::new(&buses.mmio)?);
+        let units: Vec<Arc<dyn Unit>> = vec![
+            Arc::new(Irqchip::new(vm.clone())?),
+            Arc::new(Pit::new(vm.clone())?),
+            Arc::new(Clock::new(vm.clone())),
+            pci.clone(),
+        ];
+        Ok(Self {
+            vm,
+            ram,
+            memslots,
+            buses,
+            gsi,
+            event_loop,
+            resources,
+            pci,
+            mailbox,
+            claims: Vec::new(),
+            slots: Vec::new(),
+            units,
+            devices: Vec::new(),
+            acpi: None,
+        })
+    }
+
+    /// The devices that every machine has at fixed ports and addresses.
+    fn add_platform(&mut self, output: Box<dyn std::io::Write + Send>) -> Result<(), BuildError> {
+        let power = Arc::new(self.mailbox.clone());
+        let serial = Arc::new(Serial::new(self.gsi.line(SERIAL_GSI)?, output));
+        let rtc = Arc::new(Rtc::new());
+        let i8042 = Arc::new(I8042::new(power.clone()));
+        let reset_control = Arc::new(ResetControl::new(power.clone()));
+        let pvpanic = Arc::new(Pvpanic::new(power.clone()));
+        let acpi = Arc::new(AcpiDevice::new(self.gsi.line(GED_GSI)?, power));
+        let pio = self.buses.pio.clone();
+        self.add(&pio, SERIAL_PORT.into(), SERIAL_PORT_COUNT.into(), serial)?;
+        self.add(&pio, RTC_PORT.into(), RTC_PORT_COUNT.into(), rtc)?;
+        self.claims.push(pio.claim(I8042_COMMAND_PORT.into(), 1, i8042)?);
+        self.claims
+            .push(pio.claim(RESET_CONTROL_PORT.into(), 1, reset_control)?);
+        self.add(&pio, PVPANIC_PORT.into(), 1, pvpanic)?;
+        let mmio = self.buses.mmio.clone();
+        self.add(&mmio, ACPI_REGISTERS_BASE, ACPI_DEVICE_BYTES, acpi.clone())?;
+        self.acpi = Some(acpi);
+        Ok(())
+    }
+
+    fn add<D>(&mut self, bus: &Bus, base: u64, len: u64, device: Arc<D>) -> Result<(), BuildError>
+    where
+        D: BusDevice + Unit + 'static,
+    {
+        self.claims.push(bus.claim(base, len, device.clone())?);
+        self.units.push(device);
+        Ok(())
+    }
+
+    /// A virtio device in `bdf`; it becomes visible as the last step, when it is whole.
+    fn add_virtio(
+        &mut self,
+        name: UnitName,
+        bdf: Bdf,
+        device: Box<dyn VirtioDevice>,
+    ) -> Result<(), BuildError> {
+        let reserved = self.pci.reserve(bdf)?;
+        let device = VirtioPciDevice::new(device, name, bdf, self.resources.clone())?;
+        self.slots.push(reserved.occupy(device.clone()));
+        self.units.push(device.clone());
+        self.devices.push(device);
+        Ok(())
+    }
+
+    fn finish(self, cpu_count: u8, boot: BootSource) -> Result<Arc<dyn Machine>, BuildError> {
+        let listener = Arc::new(self.mailbox.clone());
+        let count = u32::from(cpu_count);
+        let mut vcpus = Vec::with_capacity(cpu_count.into());
+        for index in 0..count {
+            vcpus.push(Vcpu::new(
+                &self.vm,
+                index,
+                count,
+                self.buses.clone(),
+                listener.clone(),
+            )?);
+        }
+        let acpi = self.acpi.expect("add_platform is called before finish");
+        let machine = KvmMachine {
+            vcpus,
+            event_loop: self.event_loop,
+            slots: self.slots,
+            devices: self.devices,
+            units: self.units,
+            claims: self.claims,
+            pci: self.pci,
+            acpi,
+            tables: AcpiTables::new(cpu_count),
+            boot,
+            ram: self.ram,
+            memslots: self.memslots,
+        };
+        machine.load()?;
+        Ok(Arc::new(machine))
+    }
+}

@@ -1,0 +1,41 @@
+//! Why a request is refused and why an operation fails.
+
+use crate::state::State;
+use crate::vm::operation::OperationKind;
+use crate::vm::platform::BuildError;
+
+/// Why a request was refused. Nothing has been begun.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RequestError {
+    /// The state does not allow it.
+    #[error("cannot {request}: the vm is {state}")]
+    State { request: OperationKind, state: State },
+    /// Another operation is in flight.
+    #[error("cannot {request}: {in_flight} is in flight and the vm is {state}")]
+    Busy {
+        request: OperationKind,
+        in_flight: OperationKind,
+        state: State,
+    },
+    /// The VM's supervisor is gone. Only a defect of this library makes this happen.
+    #[error("the supervisor of the vm is gone")]
+    Gone,
+}
+
+/// Why an operation failed.
+#[derive(Debug, thiserror::Error)]
+pub enum OperationError {
+    /// The machine could not be built.
+    #[error("the vm could not be started")]
+    Build(#[source] BuildError),
+    /// The machine could not be reset; the VM was switched off.
+    #[error("the vm could not be reset and was switched off")]
+    Reset(#[source] BuildError),
+    /// The host refused a thread.
+    #[error("the host refused a thread for {what}")]
+    Thread {
+        what: OperationKind,
+        #[source]
+        source: std::io::Error,
+    },
+}

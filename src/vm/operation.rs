@@ -1,0 +1,201 @@
+//! Operations: what was asked of a VM, how it goes and how it ended.
+//!
+//! A request that was accepted yields an [`Operation`]. Dropping it cancels nothing. Every operation ends in exactly
+//! one [`Outcome`] and one final event.
+
+use std::fmt;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::ids::OperationId;
+use crate::vm::error::OperationError;
+
+/// What an operation does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum OperationKind {
+    Start,
+    Pause,
+    Resume,
+    Reset,
+    ShutDown,
+    PowerOff,
+}
+
+impl OperationKind {
+    /// Every kind.
+    pub const ALL: [Self; 6] = [
+        Self::Start,
+        Self::Pause,
+        Self::Resume,
+        Self::Reset,
+        Self::ShutDown,
+        Self::PowerOff,
+    ];
+
+    /// The kind in lower case with dashes.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Start => "start",
+            Self::Pause => "pause",
+            Self::Resume => "resume",
+            Self::Reset => "reset",
+            Self::ShutDown => "shut-down",
+            Self::PowerOff => "power-off",
+        }
+    }
+}
+
+impl fmt::Display for OperationKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// How an operation ended.
+#[derive(Debug, Clone)]
+pub enum Outcome {
+    /// What was asked for has been reached.
+    Done,
+    /// It cannot be reached; the VM is as the error and its state say.
+    Failed(Arc<OperationError>),
+    /// The guest did not do its part before the deadline. Nothing is undone.
+    DeadlinePassed,
+    /// Another operation or the end of the guest overtook it.
+    Overtaken { by: &'static str },
+}
+
+impl Outcome {
+    /// Whether what was asked for has been reached.
+    pub const fn is_done(&self) -> bool {
+        matches!(self, Self::Done)
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Done => f.write_str("done"),
+            Self::Failed(error) => write!(f, "{}", ErrorChain(&**error)),
+            Self::DeadlinePassed => f.write_str("the guest did not answer before the deadline"),
+            Self::Overtaken { by } => write!(f, "overtaken by {by}"),
+        }
+    }
+}
+
+/// Writes an error and its sources in one line, separated by colons.
+pub struct ErrorChain<'a>(pub &'a (dyn std::error::Error + 'static));
+
+impl fmt::Display for ErrorChain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut source = self.0.source();
+        while let Some(error) = source {
+            write!(f, ": {error}")?;
+            source = error.source();
+        }
+        Ok(())
+    }
+}
+
+/// An accepted request; cheap to clone. Dropping it cancels nothing.
+#[derive(Clone)]
+#[must_use = "wait for the operation or drop it knowingly: it goes on by itself"]
+pub struct Operation {
+    id: OperationId,
+    kind: OperationKind,
+    ending: Arc<Ending>,
+}
+
+#[derive(Default)]
+struct Ending {
+    outcome: Mutex<Option<Outcome>>,
+    ended: Condvar,
+}
+
+impl fmt::Debug for Operation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Operation({} {})", self.id, self.kind)
+    }
+}
+
+impl Operation {
+    pub(super) fn begin(id: OperationId, kind: OperationKind) -> Self {
+        Self {
+            id,
+            kind,
+            ending: Arc::new(Ending::default()),
+        }
+    }
+
+    /// The operation's number, as events tell it.
+    pub const fn id(&self) -> OperationId {
+        self.id
+    }
+
+    /// What the operation does.
+    pub const fn kind(&self) -> OperationKind {
+        self.kind
+    }
+
+    /// The outcome, if the operation has ended.
+    pub fn outcome(&self) -> Option<Outcome> {
+        self.ending
+            .outcome
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Waits at most `within` for the outcome; `None` when the operation still goes on. May be called again.
+    pub fn wait(&self, within: Duration) -> Option<Outcome> {
+        let deadline = Instant::now().checked_add(within);
+        let mut outcome = self.ending.outcome.lock().unwrap_or_else(PoisonError::into_inner);
+        while outcome.is_none() {
+            outcome = match deadline.map(|deadline| deadline.saturating_duration_since(Instant::now())) {
+                Some(Duration::ZERO) => return None,
+                Some(left) => {
+                    let waited = self.ending.ended.wait_timeout(outcome, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+                None => self
+                    .ending
+                    .ended
+                    .wait(outcome)
+                    .unwrap_or_else(PoisonError::into_inner),
+            };
+        }
+        outcome.clone()
+    }
+
+    /// Ends the operation. The first outcome stands.
+    pub(super) fn end(&self, outcome: Outcome) {
+        let mut place = self.ending.outcome.lock().unwrap_or_else(PoisonError::into_inner);
+        if place.is_none() {
+            *place = Some(outcome);
+            self.ending.ended.notify_all();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waiting_ends_with_the_first_outcome() {
+        let operation = Operation::begin(OperationId(1), OperationKind::Pause);
+        assert!(operation.wait(Duration::ZERO).is_none());
+        let waiter = std::thread::spawn({
+            let operation = operation.clone();
+            move || operation.wait(Duration::MAX)
+        });
+        operation.end(Outcome::Done);
+        operation.end(Outcome::DeadlinePassed);
+        assert!(
+            waiter
+                .join()
+                .expect("the waiter returns")
+                .is_some_and(|outcome| outcome.is_done())
+        );
+    }
+}

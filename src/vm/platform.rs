@@ -1,0 +1,158 @@
+//! What a supervisor needs of the machine under it. KVM is one platform; the fake for tests and fuzzing is another.
+
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use crate::boot::BootError;
+use crate::bus::BusError;
+use crate::config::VmConfig;
+use crate::event_loop::LoopError;
+use crate::ids::{DiskName, NicName, UnitName};
+use crate::machine::gsi::GsiError;
+use crate::machine::kvm::KvmError;
+use crate::machine::memslots::MemslotError;
+use crate::machine::vcpu::VcpuError;
+use crate::memory::region::RamError;
+use crate::net::tap::TapError;
+use crate::pci::root::PciRootError;
+use crate::pci::slots::SlotError;
+use crate::storage::OpenError;
+use crate::unit::PauseTicket;
+use crate::virtio::console::{ConnectError, ConsoleError};
+use crate::virtio::net::NetError;
+use crate::virtio::transport::TransportError;
+use crate::vm::mailbox::Mailbox;
+
+/// Makes machines.
+pub trait Platform: Send + Sync {
+    /// Checks that the host could build the machine of `config` now; takes nothing that it does not give back.
+    ///
+    /// # Errors
+    /// [`BuildError`], as [`Platform::build`] would.
+    fn check(&self, config: &VmConfig) -> Result<(), BuildError>;
+
+    /// Builds the machine of `config`, ready to run its guest from power-on. Called on a worker thread, may wait for
+    /// disks. The machine reports to `mailbox`.
+    ///
+    /// # Errors
+    /// [`BuildError`] names what the host or a file refuses; nothing is left behind.
+    fn build(&self, config: &VmConfig, mailbox: Mailbox) -> Result<Arc<dyn Machine>, BuildError>;
+}
+
+/// A built machine. No verb waits for the guest or a disk, except [`Machine::reset`] and [`Machine::tear_down`],
+/// which run on worker threads.
+pub trait Machine: Send + Sync {
+    /// The number of vCPUs; [`Machine::park_vcpus`] is answered by that many reports.
+    fn vcpu_count(&self) -> u32;
+
+    /// Lets every vCPU run.
+    fn run_vcpus(&self);
+
+    /// Makes every vCPU stand still soon; each reports [`Mailbox::vcpu_parked`] once.
+    fn park_vcpus(&self);
+
+    /// Pauses every unit; called when all vCPUs are parked. Each keeps a clone of `ticket` until it is quiet.
+    fn pause_units(&self, ticket: PauseTicket);
+
+    /// Resumes every unit; called before the vCPUs run again.
+    fn resume_units(&self);
+
+    /// Returns to power-on with the guest's kernel loaded anew. Called when everything is parked and quiet.
+    ///
+    /// # Errors
+    /// [`BuildError`] when the kernel cannot be loaded again.
+    fn reset(&self) -> Result<(), BuildError>;
+
+    /// Presses the ACPI power button.
+    fn press_power_button(&self);
+
+    /// Stops every vCPU for good and waits for its thread. Afterwards nothing of the guest runs.
+    fn tear_down(&self);
+
+    /// What is known of the devices.
+    fn devices(&self) -> Vec<DeviceStatus>;
+
+    /// What the machine is doing, for people and tools.
+    fn inspect(&self) -> Value;
+}
+
+/// What is known of one disk or network card of a running machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceStatus {
+    /// The name of its unit.
+    pub unit: UnitName,
+    /// Whether a driver in the guest has it.
+    pub driver_ready: bool,
+}
+
+/// Why a machine cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// KVM is not there, not permitted or cannot do what is needed.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The host's KVM has no room for that many vCPUs.
+    #[error("{count} vcpus exceed the host's maximum of {count_max}")]
+    Vcpus { count: u32, count_max: u32 },
+    /// A vCPU cannot be made.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// The RAM cannot be had.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// The RAM cannot be shown to the guest.
+    #[error(transparent)]
+    Memslot(#[from] MemslotError),
+    /// Kernel, initrd or command line cannot be used.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A disk cannot be opened.
+    #[error("disk {name} cannot be used")]
+    Disk {
+        name: DiskName,
+        #[source]
+        source: OpenError,
+    },
+    /// A network card's backend cannot be opened.
+    #[error("network card {name} cannot be used")]
+    Nic {
+        name: NicName,
+        #[source]
+        source: TapError,
+    },
+    /// A network card cannot be made of its backend.
+    #[error(transparent)]
+    Net(#[from] NetError),
+    /// The console cannot be made.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
+    /// A port of the console cannot be connected.
+    #[error(transparent)]
+    Port(#[from] ConnectError),
+    /// The device event loop cannot be started.
+    #[error(transparent)]
+    EventLoop(#[from] LoopError),
+    /// An interrupt cannot be connected.
+    #[error(transparent)]
+    Gsi(#[from] GsiError),
+    /// A device's addresses are taken.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// The PCI segments cannot be made.
+    #[error(transparent)]
+    Pci(#[from] PciRootError),
+    /// A PCI slot cannot be used.
+    #[error(transparent)]
+    Slot(#[from] SlotError),
+    /// A device cannot be put behind its PCI transport.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// The host refused something.
+    #[error("the host refused {what}")]
+    Host {
+        what: &'static str,
+        #[source]
+        source: std::io::Error,
+    },
+}

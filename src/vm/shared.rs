@@ -1,0 +1,78 @@
+//! What the supervisor publishes for its handles: state, operation in flight, events.
+
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::event::EventLog;
+use crate::state::State;
+use crate::vm::operation::OperationKind;
+
+/// Written by the supervisor, read by handles. The two locks are never held together.
+pub(super) struct Shared {
+    published: Mutex<Published>,
+    changed: Condvar,
+    pub events: Mutex<EventLog>,
+}
+
+#[derive(Clone, Copy)]
+struct Published {
+    state: State,
+    operation: Option<OperationKind>,
+}
+
+impl Shared {
+    pub fn new() -> Self {
+        let published = Published {
+            state: State::Off,
+            operation: None,
+        };
+        Self {
+            published: Mutex::new(published),
+            changed: Condvar::new(),
+            events: Mutex::default(),
+        }
+    }
+
+    pub fn set_state(&self, state: State) {
+        self.published
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .state = state;
+        self.changed.notify_all();
+    }
+
+    pub fn set_operation(&self, operation: Option<OperationKind>) {
+        self.published
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .operation = operation;
+    }
+
+    /// The state and the operation in flight, read at one moment.
+    pub fn state(&self) -> (State, Option<OperationKind>) {
+        let published = *self.published.lock().unwrap_or_else(PoisonError::into_inner);
+        (published.state, published.operation)
+    }
+
+    /// Waits at most `within` until the state is `wanted`; tells whether it is.
+    pub fn wait_for(&self, wanted: State, within: Duration) -> bool {
+        let deadline = Instant::now().checked_add(within);
+        let mut published = self.published.lock().unwrap_or_else(PoisonError::into_inner);
+        while published.state != wanted {
+            published = match deadline.map(|deadline| deadline.saturating_duration_since(Instant::now())) {
+                Some(Duration::ZERO) => return false,
+                Some(left) => {
+                    self.changed
+                        .wait_timeout(published, left)
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .0
+                }
+                None => self
+                    .changed
+                    .wait(published)
+                    .unwrap_or_else(PoisonError::into_inner),
+            };
+        }
+        true
+    }
+}

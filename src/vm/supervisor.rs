@@ -1,0 +1,239 @@
+//! The supervisor: the one thread that owns a VM.
+//!
+//! It takes one message after another, asks the pure table what it means, calls one function of `ops`, and publishes.
+//! It never waits for the guest, a disk or a vCPU: long work goes to a worker thread or to the vCPUs themselves, and
+//! their report comes back through the mailbox. Between messages it sleeps.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use crate::config::VmConfig;
+use crate::event::{EndCause, EventKind, ResetCause};
+use crate::ids::OperationId;
+use crate::state::State;
+use crate::vm::error::RequestError;
+use crate::vm::mailbox::{Mailbox, Message, Report, Request};
+use crate::vm::operation::{Operation, OperationKind, Outcome};
+use crate::vm::ops::power;
+use crate::vm::platform::{Machine, Platform};
+use crate::vm::shared::Shared;
+use crate::vm::transition::{Next, Trigger, may_begin, next};
+
+/// Everything the supervisor owns.
+pub(super) struct Supervisor {
+    pub(super) shared: Arc<Shared>,
+    pub(super) platform: Arc<dyn Platform>,
+    pub(super) config: Arc<VmConfig>,
+    pub(super) state: State,
+    /// Where the VM rests when nothing is in flight: Running or Paused.
+    pub(super) rest: State,
+    pub(super) flight: Option<Flight>,
+    pub(super) machine: Option<Arc<dyn Machine>>,
+    /// The vCPUs and units are being brought to a stand, and this is what for.
+    pub(super) halt: Option<Halt>,
+    /// Builds, resets or tears down the machine.
+    pub(super) worker: Option<JoinHandle<()>>,
+    pub(super) end_cause: Option<EndCause>,
+    sender: Sender<Message>,
+    generation: u64,
+    last_operation: u64,
+    handles_gone: bool,
+}
+
+/// The operation in flight.
+pub(super) struct Flight {
+    pub operation: Operation,
+    pub deadline: Option<Instant>,
+}
+
+/// Why the machine is being brought to a stand.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Halt {
+    /// vCPUs that have not reported yet.
+    pub running_vcpu_count: u32,
+    /// Whether a reset is to be done while everything stands.
+    pub reset: Option<ResetCause>,
+}
+
+impl Supervisor {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        platform: Arc<dyn Platform>,
+        config: Arc<VmConfig>,
+        sender: Sender<Message>,
+    ) -> Self {
+        Self {
+            shared,
+            platform,
+            config,
+            state: State::Off,
+            rest: State::Running,
+            flight: None,
+            machine: None,
+            halt: None,
+            worker: None,
+            end_cause: None,
+            sender,
+            generation: 0,
+            last_operation: 0,
+            handles_gone: false,
+        }
+    }
+
+    /// Serves the mailbox until the last handle is gone and nothing of the VM is left.
+    pub(super) fn run(mut self, mailbox: &Receiver<Message>) {
+        while !(self.handles_gone && self.state == State::Off) {
+            match self.receive(mailbox) {
+                Ok(message) => self.handle(message),
+                Err(RecvTimeoutError::Timeout) => self.deadline_passed(),
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+        }
+    }
+
+    fn receive(&self, mailbox: &Receiver<Message>) -> Result<Message, RecvTimeoutError> {
+        match self.flight.as_ref().and_then(|flight| flight.deadline) {
+            Some(deadline) => mailbox.recv_timeout(deadline.saturating_duration_since(Instant::now())),
+            None => mailbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+        }
+    }
+
+    fn handle(&mut self, message: Message) {
+        match message {
+            Message::Request { request, reply } => {
+                let answer = self.request(request);
+                // A caller that went away meanwhile loses only the answer.
+                let _ = reply.send(answer);
+            }
+            Message::Query(question) => question(self),
+            Message::Report { generation, report } if generation == self.generation => self.report(report),
+            Message::Report { .. } => {}
+            Message::HandlesGone => {
+                self.handles_gone = true;
+                power::power_off(self, EndCause::HostPowerOff);
+            }
+        }
+    }
+
+    fn request(&mut self, request: Request) -> Result<Operation, RequestError> {
+        let Request { kind, within } = request;
+        let state = self.state;
+        let in_flight = self.in_flight();
+        if !may_begin(kind, state, in_flight) {
+            return Err(match in_flight {
+                Some(in_flight) => RequestError::Busy {
+                    request: kind,
+                    in_flight,
+                    state,
+                },
+                None => RequestError::State { request: kind, state },
+            });
+        }
+        let operation = self.begin(kind, within.and_then(|within| Instant::now().checked_add(within)));
+        match kind {
+            OperationKind::Start => power::start(self),
+            OperationKind::Pause => power::pause(self),
+            OperationKind::Resume => power::resume(self),
+            OperationKind::Reset => power::reset(self, ResetCause::Host),
+            OperationKind::ShutDown => power::shut_down(self),
+            OperationKind::PowerOff => power::power_off(self, EndCause::HostPowerOff),
+        }
+        Ok(operation)
+    }
+
+    fn report(&mut self, report: Report) {
+        match report {
+            Report::Built(result) => power::built(self, result),
+            Report::VcpuParked => power::vcpu_parked(self),
+            Report::VcpuEnded { cause } => power::guest_off(self, cause),
+            Report::UnitsQuiet => power::units_quiet(self),
+            Report::ResetDone(result) => power::reset_done(self, result),
+            Report::TornDown => power::torn_down(self),
+            Report::Power(request) => power::guest_request(self, request),
+            Report::DriverReady { unit, ready } => self.publish(EventKind::DriverReady { unit, ready }),
+            Report::NeedsReset { unit, reason } => {
+                self.publish(EventKind::DeviceNeedsReset { unit, reason });
+            }
+        }
+    }
+
+    fn deadline_passed(&mut self) {
+        // Only operations that wait for the guest have a deadline, and nothing of them is undone.
+        self.end_flight(Outcome::DeadlinePassed);
+    }
+
+    /// The kind of the operation in flight.
+    pub(super) fn in_flight(&self) -> Option<OperationKind> {
+        self.flight.as_ref().map(|flight| flight.operation.kind())
+    }
+
+    /// Begins an operation; the one in flight is overtaken by it.
+    pub(super) fn begin(&mut self, kind: OperationKind, deadline: Option<Instant>) -> Operation {
+        self.end_flight(Outcome::Overtaken { by: kind.as_str() });
+        self.last_operation += 1;
+        let id = OperationId(self.last_operation);
+        let operation = Operation::begin(id, kind);
+        self.flight = Some(Flight {
+            operation: operation.clone(),
+            deadline,
+        });
+        self.shared.set_operation(Some(kind));
+        self.publish(EventKind::OperationBegan {
+            id,
+            operation: kind.as_str(),
+        });
+        operation
+    }
+
+    /// Ends the operation in flight, if there is one: first the event, then the waiting callers.
+    pub(super) fn end_flight(&mut self, outcome: Outcome) {
+        if let Some(Flight { operation, .. }) = self.flight.take() {
+            self.shared.set_operation(None);
+            self.publish(EventKind::OperationEnded {
+                id: operation.id(),
+                operation: operation.kind().as_str(),
+                ok: outcome.is_done(),
+                outcome: outcome.to_string(),
+            });
+            operation.end(outcome);
+        }
+    }
+
+    /// Moves as the table says; `false` when the trigger means nothing in this state.
+    pub(super) fn step(&mut self, trigger: Trigger) -> bool {
+        let to = match next(self.state, trigger) {
+            Next::To(state) => state,
+            Next::Rest => self.rest,
+            Next::Stay => return true,
+            Next::Refused | Next::Ignored => return false,
+        };
+        let from = std::mem::replace(&mut self.state, to);
+        if matches!(to, State::Running | State::Paused) {
+            self.rest = to;
+        }
+        self.shared.set_state(to);
+        self.publish(EventKind::StateChanged { from, to });
+        true
+    }
+
+    pub(super) fn publish(&self, kind: EventKind) {
+        self.shared
+            .events
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .publish(kind);
+    }
+
+    /// Begins a new generation of the machine; reports of older ones are ignored from now on.
+    pub(super) fn new_generation(&mut self) -> Mailbox {
+        self.generation += 1;
+        self.mailbox()
+    }
+
+    /// The mailbox for the present generation.
+    pub(super) fn mailbox(&self) -> Mailbox {
+        Mailbox::new(self.sender.clone(), self.generation)
+    }
+}

@@ -1,0 +1,86 @@
+//! A guest that writes nonsense wherever it can: it, its neighbour and this process live on.
+
+use libtest_mimic::Failed;
+use vm_lifecycle::config::DiskSpec;
+use vm_lifecycle::event::EventKind;
+use vm_lifecycle::state::State;
+
+use crate::Body;
+use crate::guest::{Guest, WITHIN, done, small};
+
+/// The trials of this file.
+pub fn trials() -> Vec<Body> {
+    vec![Body::new(
+        "hostile::nonsense_everywhere_harms_nobody_else",
+        nonsense_everywhere_harms_nobody_else,
+    )]
+}
+
+/// The disk's slot: the first for devices of the user's choice.
+const DISK: &str = "0000:00:08.0";
+
+fn nonsense_everywhere_harms_nobody_else() -> Result<(), Failed> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("disk.img");
+    std::fs::write(&path, vec![7; 1 << 20])?;
+    let (neighbour, mut neighbours_shell) = Guest::boot(small("neighbour")?)?;
+    let (guest, mut shell) = Guest::boot(small("hostile")?.disk(DiskSpec::new("data", &path)))?;
+    shell.succeed("mknod /dev/port c 1 4; mknod /dev/mem c 1 1; test -c /dev/mem")?;
+
+    // Every port but those that reset or end the machine: keyboard controller, panic port, reset control.
+    shell.succeed(
+        "for port in $(seq 0 3 95) $(seq 256 3 1279) $(seq 1408 97 3200) 113 ; do \
+         dd if=/dev/urandom of=/dev/port bs=1 seek=$port count=1 conv=notrunc 2>/dev/null; \
+         dd if=/dev/port of=/dev/null bs=1 skip=$port count=1 2>/dev/null; done; true",
+    )?;
+
+    // The ACPI page but its sleep and reset registers, and all empty slots and windows.
+    shell.succeed(
+        "for a in 0xfea00000 0xfea00004 0xfea00010 0xfea00800 0xfea01000 0xfea01ffc 0xe0008000 0xe00f8ffc \
+         0xe0300000 0xcfffff00 0xc1000000; do for w in 8 16 32 64; do devmem $a $w >/dev/null; \
+         devmem $a $w 0xffffffffffffffff; devmem $a $w 0; done; done",
+    )?;
+
+    // The disk's registers and configuration space, without its driver.
+    shell.succeed(&format!("echo {DISK} >/sys/bus/pci/devices/{DISK}/driver/unbind"))?;
+    let bar = shell.succeed(&format!(
+        "head -n 1 /sys/bus/pci/devices/{DISK}/resource | cut -d ' ' -f 1"
+    ))?;
+    shell.succeed(&format!(
+        "echo 1 >/sys/bus/pci/devices/{DISK}/enable; for round in 1 2 3; do \
+         for o in $(seq 0 4 60) 4096 8192 8200 12288 12292 12300 $(seq 16384 4 16448) 20480 32764; do \
+         v=$(od -An -N4 -tu4 /dev/urandom); for w in 8 16 32; do \
+         devmem $(({bar} + o)) $w $((v % (1 << w))); devmem $(({bar} + o)) $w >/dev/null; done; done; \
+         for s in 1 3 11 15 4 0; do devmem $(({bar} + 20)) 8 $s; done; done"
+    ))?;
+    shell.succeed(&format!(
+        "for round in $(seq 20); do dd if=/dev/urandom of=/sys/bus/pci/devices/{DISK}/config bs=64 count=4 \
+         conv=notrunc 2>/dev/null; od /sys/bus/pci/devices/{DISK}/config >/dev/null; done; true"
+    ))?;
+
+    // A queue in the middle of nowhere: the device asks for a reset, and says so to the host too.
+    shell.succeed(&format!(
+        "echo 1 >/sys/bus/pci/devices/{DISK}/reset 2>/dev/null; true"
+    ))?;
+    assert_eq!(shell.succeed("echo alive")?, "alive");
+    assert_eq!(neighbours_shell.succeed("echo alive")?, "alive");
+    assert_eq!(
+        (guest.vm.state(), neighbour.vm.state()),
+        (State::Running, State::Running)
+    );
+
+    // A reset heals it: the driver finds its disk and its bytes again.
+    done(guest.vm.reset())?;
+    let found = shell.run_within(
+        "head -c 1048576 /dev/vda | tr -d '\\007' | wc -c",
+        crate::guest::BOOT_WITHIN,
+    )?;
+    assert_eq!(found.text.trim(), "0");
+    done(neighbour.vm.shut_down(WITHIN))?;
+    let told = std::iter::from_fn(|| guest.events.next(std::time::Duration::ZERO));
+    let complaints = told
+        .filter(|event| matches!(event.kind, EventKind::DeviceNeedsReset { .. }))
+        .count();
+    assert!(complaints > 0, "no device asked for a reset");
+    Ok(())
+}
