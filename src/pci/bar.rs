@@ -55,6 +55,11 @@ impl MemoryBar {
         self.mapped.as_ref().map(|(address, _)| *address)
     }
 
+    /// Takes the BAR off the bus.
+    pub fn remove(&mut self) {
+        self.mapped = None;
+    }
+
     /// Moves the BAR to `wanted` (`None`: nowhere), answered by `device`. Tells whether it moved.
     ///
     /// # Errors

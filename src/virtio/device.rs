@@ -4,6 +4,7 @@
 //! [`VirtioDevice::process_event`] on the device event loop only, and never while the device is paused, except for
 //! events, which go on so that work in flight can complete.
 
+use std::any::Any;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
@@ -26,7 +27,7 @@ pub enum DeviceType {
 }
 
 /// The device side of one virtio device.
-pub trait VirtioDevice: Send {
+pub trait VirtioDevice: Any + Send {
     /// The device's type.
     fn device_type(&self) -> DeviceType;
 
@@ -72,7 +73,8 @@ pub trait VirtioDevice: Send {
     fn in_flight_count(&self) -> usize;
 
     /// The driver reset the device, or the VM is reset. Gives up the queues at once; what is in flight completes into
-    /// the void, without touching guest memory after `in_flight_count` reached 0 and without waiting here.
+    /// the void, without touching guest memory after `in_flight_count` reached 0 and without waiting here. Until then
+    /// [`VirtioDevice::process_event`] goes on, as in a pause, and the driver does not see the end of the reset.
     fn reset(&mut self);
 
     /// The device's own state (features, status and queues belong to the transport), as its frozen saved type.
@@ -115,7 +117,7 @@ pub trait VirtioInterrupt: Send + Sync {
 /// A descriptor that a device wants watched.
 #[derive(Debug, Clone, Copy)]
 pub struct DeviceEvent {
-    /// The descriptor, kept open by the device until it is reset or dropped.
+    /// The descriptor, kept open by the device until it is reset with nothing in flight, or dropped.
     pub fd: RawFd,
     /// What [`VirtioDevice::process_event`] is told.
     pub token: u32,

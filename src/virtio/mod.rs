@@ -8,7 +8,10 @@
 pub mod block;
 pub mod console;
 pub mod device;
+pub mod features;
 pub mod net;
 pub mod queue_set;
 pub mod rng;
+pub mod spec;
+pub mod status;
 pub mod transport;
