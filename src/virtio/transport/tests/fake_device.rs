@@ -1,4 +1,7 @@
 //! A device that completes every chain at once, or holds it until it is told to let go.
+//!
+//! It tells a channel of every call, which is how a test waits for the event loop, and its switches are set through
+//! `VirtioPciDevice::with_device` as a user's run-time changes are.
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;

@@ -1,4 +1,6 @@
 //! A driver that breaks the rules: it gets `DEVICE_NEEDS_RESET` or nothing, and the machine goes on.
+//!
+//! The single cases name each rule and what is said about it; the storm looks for the rules that nobody thought of.
 
 use std::sync::mpsc::channel;
 

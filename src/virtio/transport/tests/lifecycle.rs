@@ -1,4 +1,7 @@
 //! Reset, draining, pausing, saving, restoring and the end of a device.
+//!
+//! Waiting is for calls and tickets, never for time: what must not happen is looked for after the event loop has
+//! provably gone round.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
