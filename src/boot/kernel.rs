@@ -126,7 +126,7 @@ fn inspect_bzimage(file: &File, header: setup_header) -> Result<Kernel, Fault> {
     if address < HIGH_MEMORY_START {
         return Err(Fault::Form("it wants to be loaded below 1 MiB"));
     }
-    let setup_sectors = match { header.setup_sects } {
+    let setup_sectors = match header.setup_sects {
         0 => 4, // boot.rst §1.3
         count => u64::from(count),
     };

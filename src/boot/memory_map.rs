@@ -1,4 +1,7 @@
 //! The memory map that the guest is given: where RAM is, and where it must not look for free addresses.
+//!
+//! One map for both boot protocols, whose types agree (ACPI 6.5 §15.4, Xen `start_info.h`). The windows of devices are
+//! not in it: the guest learns them from ACPI.
 
 use crate::memory::layout::{EBDA_START, ECAM_BASE, ECAM_SEGMENT_BYTES, HIGH_MEMORY_START, SEGMENT_COUNT};
 use crate::memory::region::RamRange;

@@ -12,6 +12,7 @@
 mod kernel;
 mod memory_map;
 mod params;
+mod reset_vector;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek};
@@ -177,6 +178,7 @@ impl BootSource {
             initrd,
             rsdp,
         };
+        reset_vector::write(ram.memory()).map_err(memory_error("the reset vector"))?;
         params::write(ram.memory(), entry.protocol, header, &facts)
             .map_err(memory_error("the boot parameters"))?;
         Ok(entry)

@@ -1,5 +1,8 @@
 //! What the kernel is told at its entry: the Linux zero page or the PVH start info, and the tables behind the
 //! registers.
+//!
+//! All of it lies below 1 MiB at the addresses of `memory::layout`. Sources: Linux `Documentation/arch/x86/boot.rst`
+//! and `zero-page.rst`, Xen `xen/include/public/arch-x86/hvm/start_info.h`.
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use linux_loader::start_info::{

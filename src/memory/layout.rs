@@ -87,7 +87,9 @@ pub const EBDA_START: u64 = 0x9_FC00;
 /// The ACPI tables: the RSDP first (ACPI 6.5 §5.2.5.1: searched between 0xE0000 and 0xFFFFF).
 pub const ACPI_TABLES_BASE: u64 = 0xE_0000;
 /// The room for ACPI tables.
-pub const ACPI_TABLES_MAX_BYTES: u64 = 0x2_0000;
+pub const ACPI_TABLES_MAX_BYTES: u64 = RESET_VECTOR - ACPI_TABLES_BASE;
+/// Where real-mode code jumps to reset a PC (FFFF:0000).
+pub const RESET_VECTOR: u64 = 0xF_FFF0;
 /// The kernel is loaded here or above.
 pub const HIGH_MEMORY_START: u64 = 0x10_0000;
 

@@ -10,13 +10,14 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
+use super::file::{host_memory_bytes, memory_file};
 use super::layout::{HIGH_RAM_START, LOW_RAM_END};
 use crate::machine::memslots::{Memslot, MemslotError, Memslots};
 
@@ -121,7 +122,7 @@ impl GuestRam {
         };
         let host_bytes = host_memory_bytes().map_err(host_error("to tell its memory"))?;
         check(size_bytes, options, address_bits, host_bytes)?;
-        let file = memory_file(size_bytes, options).map_err(host_error("a memory file"))?;
+        let file = memory_file(size_bytes, options.huge_pages).map_err(host_error("a memory file"))?;
         let file = Arc::new(file);
         let ranges = split(size_bytes);
         let mut regions = Vec::with_capacity(ranges.len());
@@ -261,34 +262,6 @@ fn split(size_bytes: u64) -> Vec<RamRange> {
     ranges
 }
 
-/// The memory that this host has in all, in bytes.
-fn host_memory_bytes() -> io::Result<u64> {
-    // SAFETY: all-zero bytes are a valid sysinfo, which has integers only.
-    let mut info: libc::sysinfo = unsafe { std::mem::zeroed() };
-    // SAFETY: the pointer is to a live, writable sysinfo, which is what the call fills.
-    if unsafe { libc::sysinfo(&mut info) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(info.totalram.saturating_mul(u64::from(info.mem_unit)))
-}
-
-/// Makes a file in memory of `size_bytes`, one hole.
-fn memory_file(size_bytes: u64, options: RamOptions) -> io::Result<File> {
-    let mut flags = libc::MFD_CLOEXEC;
-    if options.huge_pages {
-        flags |= libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
-    }
-    // SAFETY: the name is a terminated string and the call touches nothing else of this process.
-    let fd = unsafe { libc::memfd_create(c"guest-ram".as_ptr(), flags) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor is new and owned by nobody else.
-    let file = unsafe { File::from_raw_fd(fd) };
-    file.set_len(size_bytes)?;
-    Ok(file)
-}
-
 /// Maps one piece of the file.
 fn map(file: &Arc<File>, range: RamRange, options: RamOptions) -> io::Result<GuestRegionMmap> {
     let length = usize::try_from(range.size_bytes).map_err(io::Error::other)?;
@@ -396,6 +369,17 @@ mod tests {
         ram.clear().expect("a memory file has holes");
         assert_eq!(ram.resident_bytes().expect("the file has metadata"), 0);
         assert_eq!(ram.memory().read_obj::<u64>(middle).expect("in ram"), 0);
+    }
+
+    #[test]
+    fn large_pages_line_up_in_the_guest_and_the_host() {
+        let ram = GuestRam::new(LOW_RAM_END + HUGE_PAGE_BYTES, RamOptions::default(), 40)
+            .expect("untouched ram costs nothing");
+        for range in ram.ranges() {
+            let host = ram.memory().get_host_address(GuestAddress(range.guest_address));
+            let host = host.expect("in ram") as u64;
+            assert_eq!(host % HUGE_PAGE_BYTES, range.guest_address % HUGE_PAGE_BYTES);
+        }
     }
 
     #[test]

@@ -1,4 +1,7 @@
 //! The contract between a PCI slot and the function in it.
+//!
+//! The slot's segment decodes the ECAM and calls the function; a function knows neither its slot nor its segment from
+//! here, and answers for the whole of its configuration space.
 
 /// A PCI function. Its configuration space is 4 KiB (PCI Express 5.0 §7.2.2).
 ///

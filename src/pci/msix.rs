@@ -8,7 +8,7 @@
 
 use super::saved::{SavedMsixV1, SavedMsixVectorV1};
 use crate::guest_log::GuestLog;
-use crate::machine::gsi::{GsiTable, MsiMessage, MsiRoute};
+use crate::machine::gsi::{GsiError, GsiTable, MsiMessage, MsiRoute};
 use crate::unit::RestoreError;
 
 /// The bytes of one table entry (PCI 3.0 §6.8.2).
@@ -228,7 +228,7 @@ impl Msix {
 
 impl Vector {
     /// Takes a GSI if there is none yet and routes it to the message if that has changed.
-    fn connect(&mut self, gsi: &GsiTable) -> Result<(), crate::machine::gsi::GsiError> {
+    fn connect(&mut self, gsi: &GsiTable) -> Result<(), GsiError> {
         let mut route = match self.route.take() {
             Some(route) => route,
             None => Route {

@@ -1,4 +1,7 @@
-//! The saved forms of PCI's parts, frozen per version. The guest's values in them are untrusted on the way back.
+//! The saved forms of PCI's parts, frozen per version.
+//!
+//! Only what a guest can change is written down; the rest is the device's own and comes from its construction. All
+//! of it is untrusted on the way back and is checked by whoever takes it over.
 
 use std::collections::BTreeMap;
 

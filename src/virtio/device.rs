@@ -2,7 +2,7 @@
 //!
 //! The transport serializes all calls (the device sits in one mutex), calls [`VirtioDevice::process_queue`] and
 //! [`VirtioDevice::process_event`] on the device event loop only, and never while the device is paused, except for
-//! events, which go on so that work in flight can complete.
+//! events, which go on until nothing is in flight; after that nothing of a paused device is watched.
 
 use std::any::Any;
 use std::os::fd::RawFd;

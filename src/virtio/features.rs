@@ -1,4 +1,7 @@
 //! Feature negotiation (virtio 1.2 §2.2): what is offered, and whether what the driver accepted can work.
+//!
+//! Pure. The transport asks when the driver sets `FEATURES_OK` and when a saved state claims that a driver did; a
+//! device adds its own features and never sees a set that was not offered.
 
 use super::spec::{VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC, VIRTIO_F_VERSION_1};
 

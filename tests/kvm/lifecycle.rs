@@ -72,7 +72,8 @@ fn a_paused_guest_stands_still() -> Result<(), Failed> {
         after - before
     );
     let dmesg = shell.succeed("dmesg")?;
-    assert!(!dmesg.contains("stall") && !dmesg.contains("unstable"), "{dmesg}");
+    let complaints = ["rcu_sched", "rcu_preempt", "soft lockup", "clocksource: timekeeping watchdog"];
+    assert!(!complaints.iter().any(|complaint| dmesg.contains(complaint)), "{dmesg}");
     Ok(())
 }
 
@@ -147,20 +148,6 @@ fn the_end_is_told_by_its_cause() -> Result<(), Failed> {
     Ok(())
 }
 
-fn refusals(vm: &Vm) -> Vec<String> {
-    let answers = [
-        vm.start(),
-        vm.pause(),
-        vm.resume(),
-        vm.shut_down(WITHIN),
-        vm.power_off(),
-    ];
-    answers
-        .into_iter()
-        .filter_map(|answer| answer.err().map(|error| error.to_string()))
-        .collect()
-}
-
 fn requests_are_refused_by_state() -> Result<(), Failed> {
     let guest = Guest::make(small("refusals")?)?;
     let refused = |names: &[&str], state: &str| -> Vec<String> {
@@ -198,11 +185,6 @@ fn requests_are_refused_by_state() -> Result<(), Failed> {
     assert_eq!(errors, refused(&["start", "resume"], "running"));
     done(guest.vm.power_off())?;
     assert_eq!(guest.end(WITHIN)?, EndCause::HostPowerOff);
-    assert_eq!(
-        refusals(&guest.vm).len(),
-        4,
-        "start is the only request that an off vm takes"
-    );
     Ok(())
 }
 

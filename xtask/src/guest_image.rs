@@ -21,6 +21,7 @@ const MODULES: &[&str] = &[
     "evdev",
     "button",
     "vmgenid",
+    "pvpanic-mmio",
 ];
 
 /// The command server, for this image and for the Debian one.

@@ -1,4 +1,7 @@
 //! What is done when a vCPU leaves the guest: accesses go to the buses, everything else ends the vCPU's run.
+//!
+//! Called on the vCPU's thread, between two entries into the guest (KVM API 5). Ports, addresses, lengths and data are
+//! the guest's; nothing here may panic, block or log without limit because of them.
 
 use kvm_ioctls::VcpuExit;
 

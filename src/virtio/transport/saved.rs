@@ -1,4 +1,7 @@
-//! The saved form of a virtio PCI device, frozen per version. Everything in it is untrusted on the way back.
+//! The saved form of a virtio PCI device, frozen per version.
+//!
+//! Only what a driver can change is written down: limits and offers are the device's own and come from its
+//! construction. Everything in it is untrusted on the way back and is checked by the part that takes it over.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;

@@ -1,4 +1,7 @@
 //! A device that completes every chain at once, or holds it until it is told to let go.
+//!
+//! It tells a channel of every call, which is how a test waits for the event loop, and its switches are set through
+//! `VirtioPciDevice::with_device` as a user's run-time changes are.
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -13,7 +16,7 @@ use crate::virtio::device::{
 };
 use crate::virtio::queue_set::DeviceQueue;
 
-pub const QUEUE_SIZE_MAX: u16 = 16;
+const QUEUE_SIZE_MAX: u16 = 16;
 pub const DEVICE_FEATURE: u64 = 1 << 5;
 pub const TOKEN_DONE: u32 = 3;
 
@@ -36,8 +39,7 @@ pub struct FakeDevice {
     pub in_flight: Vec<(u16, u16)>,
     pub done: Arc<EventFd>,
     pub refuse_activation: bool,
-    /// Queue calls that served a queue.
-    pub served_count: u64,
+    pub queue_sizes_max: Vec<u16>,
 }
 
 impl FakeDevice {
@@ -51,7 +53,7 @@ impl FakeDevice {
             in_flight: Vec::new(),
             done: Arc::new(EventFd::new(EFD_NONBLOCK).expect("the host has eventfds")),
             refuse_activation: false,
-            served_count: 0,
+            queue_sizes_max: vec![QUEUE_SIZE_MAX; 3],
         }
     }
 
@@ -71,7 +73,7 @@ impl VirtioDevice for FakeDevice {
     }
 
     fn queue_sizes_max(&self) -> Vec<u16> {
-        vec![QUEUE_SIZE_MAX; 3]
+        self.queue_sizes_max.clone()
     }
 
     fn config_read(&self, offset: u64, data: &mut [u8]) {
@@ -122,7 +124,6 @@ impl VirtioDevice for FakeDevice {
                     queue.signal()?;
                 }
             }
-            self.served_count += 1;
         }
         self.tell(Call::Queue(queue_index));
         Ok(())

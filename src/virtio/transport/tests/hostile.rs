@@ -1,4 +1,8 @@
 //! A driver that breaks the rules: it gets `DEVICE_NEEDS_RESET` or nothing, and the machine goes on.
+//!
+//! The single cases name each rule and what is said about it; the storm looks for the rules that nobody thought of.
+
+use std::sync::mpsc::channel;
 
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
@@ -8,7 +12,6 @@ use super::rig::{DRIVER_FEATURES, Rig, bdf};
 use crate::ids::{Bdf, UnitName};
 use crate::memory::layout::{ecam_address, mmio_slot, mmio_window};
 use crate::unit::Unit;
-use crate::virtio::device::{DeviceType, VirtioDevice};
 use crate::virtio::transport::VirtioPciDevice;
 
 /// Sets queue 0 up as told and becomes ready; returns why the device needs a reset.
@@ -128,62 +131,14 @@ fn queues_are_fixed_once_they_are_enabled_and_kicks_of_others_are_nobodys() {
 
 #[test]
 fn devices_and_places_that_cannot_be_are_refused_by_name() {
-    struct Odd(Vec<u16>, FakeDevice);
-    impl VirtioDevice for Odd {
-        fn device_type(&self) -> DeviceType {
-            DeviceType::Rng
-        }
-        fn device_features(&self) -> u64 {
-            0
-        }
-        fn queue_sizes_max(&self) -> Vec<u16> {
-            self.0.clone()
-        }
-        fn config_read(&self, _offset: u64, _data: &mut [u8]) {}
-        fn config_write(&mut self, _offset: u64, _data: &[u8]) {}
-        fn activate(
-            &mut self,
-            activation: crate::virtio::device::Activation,
-        ) -> Result<(), crate::virtio::device::DeviceFault> {
-            self.1.activate(activation)
-        }
-        fn event_sources(&self) -> Vec<crate::virtio::device::DeviceEvent> {
-            Vec::new()
-        }
-        fn process_queue(&mut self, queue_index: u16) -> Result<(), crate::virtio::device::DeviceFault> {
-            self.1.process_queue(queue_index)
-        }
-        fn process_event(
-            &mut self,
-            _token: u32,
-            _paused: bool,
-        ) -> Result<(), crate::virtio::device::DeviceFault> {
-            Ok(())
-        }
-        fn queues(&self) -> &[crate::virtio::queue_set::DeviceQueue] {
-            &[]
-        }
-        fn in_flight_count(&self) -> usize {
-            0
-        }
-        fn reset(&mut self) {}
-        fn save(&self) -> Result<serde_json::Value, crate::unit::SaveError> {
-            self.1.save()
-        }
-        fn restore(&mut self, state: &serde_json::Value) -> Result<(), crate::unit::RestoreError> {
-            self.1.restore(state)
-        }
-        fn inspect(&self) -> serde_json::Value {
-            self.1.inspect()
-        }
-    }
     let rig = Rig::new();
     let refusal = |sizes: Vec<u16>, segment: u16| {
-        let (sender, _calls) = std::sync::mpsc::channel();
-        let device = Box::new(Odd(sizes, FakeDevice::new(sender)));
+        let (sender, _calls) = channel();
+        let mut device = FakeDevice::new(sender);
+        device.queue_sizes_max = sizes;
         let name = UnitName::new("odd").expect("a good name");
         let bdf = Bdf::new(segment, 1).expect("slot 1");
-        let made = VirtioPciDevice::new(device, name, bdf, rig.resources.clone());
+        let made = VirtioPciDevice::new(Box::new(device), name, bdf, rig.resources.clone());
         made.expect_err("it cannot be").to_string()
     };
     assert_eq!(refusal(vec![16; 256], 0), "odd has 256 queues, the limit is 255");
@@ -194,10 +149,6 @@ fn devices_and_places_that_cannot_be_are_refused_by_name() {
     assert_eq!(
         refusal(vec![16], 4),
         "odd is to be at 0004:00:01.0, the machine has 4 segments"
-    );
-    assert!(
-        rig.device.with_device(|_: &mut Odd| ()).is_none(),
-        "it is another device"
     );
 }
 

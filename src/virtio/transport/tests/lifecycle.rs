@@ -1,4 +1,7 @@
 //! Reset, draining, pausing, saving, restoring and the end of a device.
+//!
+//! Waiting is for calls and tickets, never for time: what must not happen is looked for after the event loop has
+//! provably gone round.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
@@ -307,4 +310,34 @@ fn a_dropped_device_leaves_nothing_behind() {
     rig.bring_up();
     rig.kick(2);
     rig.wait_for(&Call::Queue(2));
+}
+
+#[test]
+fn resets_kicks_and_pauses_from_several_threads_never_lock_up() {
+    let rig = Rig::new();
+    let device = rig.device.clone();
+    let supervisor = std::thread::spawn(move || {
+        for _ in 0..200 {
+            let (ticket, quiet) = ticket();
+            device.pause(ticket);
+            quiet.recv().expect("nothing is held");
+            device.save().expect("any state can be saved");
+            device.resume();
+        }
+    });
+    for _ in 0..200 {
+        let mut rings = rig.bring_up();
+        rings[0].add_chain(1).expect("there is room");
+        rig.kick(0);
+        rig.config_write(0x10, &(mmio_slot(bdf()) as u32 + 0x8000).to_le_bytes());
+        rig.config_write(0x10, &(mmio_slot(bdf()) as u32).to_le_bytes());
+    }
+    supervisor.join().expect("it found no fault");
+    let mut rings = rig.bring_up();
+    rig.drop_calls();
+    rings[1].add_chain(1).expect("there is room");
+    rig.kick(2);
+    rig.settle_loop();
+    assert_eq!(rings[1].used().idx().load(), 1);
+    assert_eq!(rig.status(), 15);
 }

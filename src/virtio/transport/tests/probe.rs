@@ -1,4 +1,7 @@
 //! What a driver sees and does before and around `DRIVER_OK`.
+//!
+//! The order of accesses is the one of Linux's `virtio_pci_modern`: capabilities, reset, features, vectors, queues,
+//! status, kicks.
 
 use virtio_queue::QueueOwnedT;
 

@@ -1,4 +1,7 @@
 //! A machine of one segment with one fake device, and a driver that does what Linux's does.
+//!
+//! Accesses go over the bus, as a vCPU's do. MSI-X is enabled with the function mask set, so that an interrupt shows
+//! as a pending bit; kicks take the slow way, which ends in the same eventfd as the kernel's.
 
 use std::os::fd::AsRawFd;
 use std::sync::mpsc::{Receiver, Sender, channel};
