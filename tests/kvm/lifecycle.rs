@@ -72,8 +72,16 @@ fn a_paused_guest_stands_still() -> Result<(), Failed> {
         after - before
     );
     let dmesg = shell.succeed("dmesg")?;
-    let complaints = ["rcu_sched", "rcu_preempt", "soft lockup", "clocksource: timekeeping watchdog"];
-    assert!(!complaints.iter().any(|complaint| dmesg.contains(complaint)), "{dmesg}");
+    let complaints = [
+        "rcu_sched",
+        "rcu_preempt",
+        "soft lockup",
+        "clocksource: timekeeping watchdog",
+    ];
+    assert!(
+        !complaints.iter().any(|complaint| dmesg.contains(complaint)),
+        "{dmesg}"
+    );
     Ok(())
 }
 

@@ -46,7 +46,7 @@ pub fn run(tour: &mut Tour, report: &mut Report) -> Result<(), Failed> {
         (0.0..=ran_s + CLOCK_STEP_S).contains(&passed_s),
     );
     shell.succeed("kill $(cat /tmp/ticker)")?;
-    let complaints = shell.succeed("dmesg | grep -ciE 'stall|unstable|lockup' || true")?;
+    let complaints = shell.succeed("dmesg | grep -iE 'stall|unstable|lockup' || echo none")?;
     report.equal("complaints of its kernel about time", "0".to_owned(), complaints);
     Ok(())
 }
