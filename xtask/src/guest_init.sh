@@ -49,7 +49,7 @@ esac
 if [ -n "$root" ]; then
     mkdir -p /newroot
     tries=0
-    until [ -b "$root" ] || [ $tries -ge 500 ]; do
+    until [ -b "$root" ] || [ $tries -ge 3000 ]; do
         tries=$((tries + 1))
         sleep 0.02
     done
@@ -75,7 +75,7 @@ fi
 # A button pressed after HARNESS-READY must not be missed: waits until acpid has opened the input devices.
 await_acpid() {
     tries=0
-    while [ -n "$acpid" ] && [ $tries -lt 100 ]; do
+    while [ -n "$acpid" ] && [ $tries -lt 3000 ]; do
         readlink /proc/$acpid/fd/* 2>/dev/null | grep -q /dev/input/event && return
         tries=$((tries + 1))
         sleep 0.02

@@ -19,7 +19,7 @@ has_console() {
 find_port() {
     has_console || return 1
     tries=0
-    while [ $tries -lt 250 ]; do
+    while [ $tries -lt 6000 ]; do
         for place in /sys/class/virtio-ports/*; do
             name=
             [ -e "$place/name" ] && read -r name <"$place/name"
