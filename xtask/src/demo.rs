@@ -16,7 +16,7 @@ pub fn run(paths: &Paths, arguments: &[String]) -> Result<i32, Failure> {
         .iter()
         .find(|built| built.kind == "example" && built.name == "demo");
     let demo = demo.ok_or_else(|| Failure::new("cargo built no example `demo`"))?;
-    guests::ensure(paths)?;
+    guests::kernels(paths)?;
     let mut words = vec![demo.path.to_string_lossy().to_string()];
     words.extend_from_slice(arguments);
     step("demo", || host::run(paths, words, &[]))

@@ -35,7 +35,8 @@ fn questions() -> Result<[(&'static str, &'static str, String); 7], Failed> {
         ),
         (
             "errors in its kernel's log",
-            "dmesg -r | grep '^<[0-3]>' || echo none",
+            // Before it has read the ACPI tables it finds no way to configure PCI, and says so.
+            "dmesg -r | grep '^<[0-3]>' | grep -v 'No config space access function found' || echo none",
             "none".to_owned(),
         ),
     ])

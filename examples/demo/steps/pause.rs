@@ -24,19 +24,20 @@ pub fn run(tour: &mut Tour, report: &mut Report) -> Result<(), Failed> {
     let (guest, shell) = tour.shell()?;
     shell.succeed("(while :; do echo tick; usleep 10000; done) >/dev/ttyS0 2>&1 & echo $! >/tmp/ticker")?;
     guest.host.wait_for_ticks(10, WITHIN)?;
+    let lines: u64 = shell.succeed("dmesg | wc -l")?.parse()?;
     let (began, before_s) = (Instant::now(), uptime_s(shell)?);
     done(guest.vm.pause())?;
     report.equal("state of the VM", State::Paused, guest.vm.state());
     let (paused, count) = (Instant::now(), ticks(&guest.host));
     // In vain, if all is well; a guest that goes on is noticed at once.
-    let went_on = guest.host.wait_for_ticks(count + 1, WATCHED).is_ok();
+    let _ = guest.host.wait_for_ticks(count + 1, WATCHED);
     let stood_s = paused.elapsed().as_secs_f64();
     report.equal("lines while it is paused", 0, ticks(&guest.host) - count);
-    report.equal("the guest went on by itself", false, went_on);
 
     done(guest.vm.resume())?;
     guest.host.wait_for_ticks(count + 20, WITHIN)?;
-    report.check("lines after it is resumed", "more", "more", true);
+    let more = ticks(&guest.host) - count;
+    report.check("lines after it is resumed", "20 or more", more, more >= 20);
     let passed_s = uptime_s(shell)? - before_s;
     let ran_s = began.elapsed().as_secs_f64() - stood_s;
     report.check(
@@ -46,8 +47,15 @@ pub fn run(tour: &mut Tour, report: &mut Report) -> Result<(), Failed> {
         (0.0..=ran_s + CLOCK_STEP_S).contains(&passed_s),
     );
     shell.succeed("kill $(cat /tmp/ticker)")?;
-    let complaints = shell.succeed("dmesg | grep -iE 'stall|unstable|lockup' || echo none")?;
-    report.equal("complaints of its kernel about time", "0".to_owned(), complaints);
+    let complaints = shell.succeed(&format!(
+        "dmesg | tail -n +{} | grep -iE 'stall|unstable|lockup' || echo none",
+        lines + 1
+    ))?;
+    report.equal(
+        "complaints of its kernel about time since then",
+        "0".to_owned(),
+        complaints,
+    );
     Ok(())
 }
 
