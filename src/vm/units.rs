@@ -26,6 +26,7 @@ use crate::vm::mailbox::Mailbox;
 use crate::vm::platform::{BuildError, DeviceStatus, Machine};
 
 /// A machine on KVM, as `builder.rs` makes it.
+#[allow(dead_code)] // some parts are only held, and undo themselves when they are dropped
 pub(super) struct KvmMachine {
     pub vcpus: Vec<Vcpu>,
     pub event_loop: EventLoop,

@@ -80,7 +80,8 @@ fn smp_guest_sees_all_its_cpus_and_devices() -> Result<(), Failed> {
     shell.succeed("head -c 4096 /dev/hwrng | wc -c | grep -qx 4096")?;
     // What a kernel complains about is a defect of the machine. It finds no way to configure PCI before it has read the
     // ACPI tables, says so, and then finds one.
-    let complaints = shell.run("dmesg -r | grep -E '^<[0-3]>' | grep -v 'No config space access function found'")?;
+    let complaints =
+        shell.run("dmesg -r | grep -E '^<[0-3]>' | grep -v 'No config space access function found'")?;
     assert_eq!(complaints.text, "");
     Ok(())
 }
