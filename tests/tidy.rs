@@ -47,6 +47,7 @@ fn sources() -> Vec<(PathBuf, String)> {
         "benches",
         "xtask/src",
         "fuzz/fuzz_targets",
+        "fuzz/src",
     ]
     .map(|f| root.join(f))
     .into();

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -37,6 +37,19 @@ impl Default for QemuOptions {
             arguments: Vec::new(),
         }
     }
+}
+
+/// QEMU's command line for a guest that has a serial console, on QEMU's standard output, and nothing else.
+pub fn bare(machine: &str, kernel: &Path, initramfs: &Path, cmdline: &str) -> Command {
+    let mut command = Command::new("qemu-system-x86_64");
+    let machine = [
+        "-accel", "kvm", "-cpu", "host", "-machine", machine, "-m", "256", "-smp", "1",
+    ];
+    let console = ["-display", "none", "-serial", "stdio", "-append", cmdline];
+    command.args(["-nodefaults", "-no-user-config", "-no-reboot"]);
+    command.args(machine).args(console);
+    command.arg("-kernel").arg(kernel).arg("-initrd").arg(initramfs);
+    command
 }
 
 /// A running QEMU; killed when dropped.

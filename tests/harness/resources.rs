@@ -1,7 +1,10 @@
 //! What a process spends: to show that an idle VM costs nothing and a finished one leaves nothing behind.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
 use std::fs;
 use std::io;
+use std::path::Path;
 
 /// A process's counters at one moment.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -56,15 +59,62 @@ impl Usage {
 pub fn vm_exit_count(creator_tid: u32) -> io::Result<u64> {
     let prefix = format!("{creator_tid}-");
     let mut sum = None;
-    for entry in fs::read_dir("/sys/kernel/debug/kvm")? {
-        let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with(&prefix) {
-            let text = fs::read_to_string(entry.path().join("exits"))?;
-            let exits: u64 = text.trim().parse().map_err(io::Error::other)?;
-            sum = Some(sum.unwrap_or(0) + exits);
+    for folder in KvmVms::now()?.folders {
+        if folder.to_string_lossy().starts_with(&prefix) {
+            let counters = counters(&Path::new(KVM_COUNTERS).join(folder))?;
+            sum = Some(sum.unwrap_or(0) + counters.get("exits").copied().unwrap_or(0));
         }
     }
     sum.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("thread {creator_tid} has no VM")))
+}
+
+/// Where KVM counts: a folder for each VM (needs debugfs).
+const KVM_COUNTERS: &str = "/sys/kernel/debug/kvm";
+
+/// The VMs of this host, for finding the one that is made next.
+#[derive(Clone, Debug, Default)]
+pub struct KvmVms {
+    folders: BTreeSet<OsString>,
+}
+
+impl KvmVms {
+    /// The VMs there are now.
+    pub fn now() -> io::Result<Self> {
+        let mut folders = BTreeSet::new();
+        for entry in fs::read_dir(KVM_COUNTERS)? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                folders.insert(entry.file_name());
+            }
+        }
+        Ok(KvmVms { folders })
+    }
+
+    /// The counters of the only VM that was made since, by their names.
+    ///
+    /// VMs are told by the thread that created them, which a VMM may have ended meanwhile.
+    pub fn counters_of_the_new_one(&self) -> io::Result<BTreeMap<String, u64>> {
+        let now = KvmVms::now()?;
+        let mut new = now.folders.difference(&self.folders);
+        let (Some(folder), None) = (new.next(), new.next()) else {
+            return Err(io::Error::other("not one VM but none or several were made"));
+        };
+        counters(&Path::new(KVM_COUNTERS).join(folder))
+    }
+}
+
+/// The files of `folder` that hold a number.
+fn counters(folder: &Path) -> io::Result<BTreeMap<String, u64>> {
+    let mut counters = BTreeMap::new();
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        // Not all are numbers, and some cannot be read.
+        let text = fs::read_to_string(entry.path()).unwrap_or_default();
+        if let Ok(count) = text.trim().parse() {
+            counters.insert(entry.file_name().to_string_lossy().to_string(), count);
+        }
+    }
+    Ok(counters)
 }
 
 /// The number after `name` at the beginning of a line.

@@ -139,8 +139,10 @@ impl Guest {
     /// Makes and starts the VM of `builder` and waits until its init serves commands.
     pub fn boot(builder: VmConfigBuilder) -> Result<(Self, GuestShell), Failed> {
         let guest = Self::start(builder)?;
-        let shell = guest.host.shell()?;
-        Ok((guest, shell))
+        match guest.host.shell() {
+            Ok(shell) => Ok((guest, shell)),
+            Err(error) => Err(format!("{error:?}\n{:#}", guest.vm.inspect()?).into()),
+        }
     }
 
     /// Waits for the end of the guest and tells its cause.

@@ -19,7 +19,11 @@ pub fn run(paths: &Paths, options: &[String], arguments: &[String]) -> Result<i3
         [name] if !name.starts_with('-') => vec!["bench", "--no-run", "--bench", name.as_str()],
         _ => return Err(Failure::new("`bench` takes the name of one benchmark at most")),
     };
-    let built = step("build the benchmarks", || cargo::executables(paths, &build))?;
+    let built = step("build the benchmarks", || {
+        // Some measure the example programs.
+        cargo::executables(paths, &["build", "--release", "--examples"])?;
+        cargo::executables(paths, &build)
+    })?;
     let programs: Vec<Vec<String>> = built
         .iter()
         .filter(|built| built.kind == "bench")
