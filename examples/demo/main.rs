@@ -80,6 +80,18 @@ Linux called KVM; what it believes to be disks, network cards and buttons is thi
 
 Whatever is claimed below is checked, where possible by asking the guest or the host instead of the library.";
 
+/// Takes one step after another. Later steps build on earlier ones, so one that breaks off ends the tour.
+fn walk(tour: &mut Tour, report: &mut Report) {
+    for step in &STEPS {
+        report.begin(step.title);
+        if let Err(error) = (step.run)(tour, report) {
+            report.broke_off(&error);
+            report.say(tour.describe());
+            return;
+        }
+    }
+}
+
 fn main() -> ExitCode {
     println!("{INTRODUCTION}");
     if let Err(why) = kvm::real_kvm() {
@@ -87,16 +99,9 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let mut report = Report::new();
-    let result = Tour::new().and_then(|mut tour| {
-        for step in &STEPS {
-            report.begin(step.title);
-            // Later steps build on this one, so that they would only fail too.
-            (step.run)(&mut tour, &mut report)?;
-        }
-        Ok(())
-    });
-    if let Err(error) = result {
-        report.broke_off(&error);
+    match Tour::new() {
+        Ok(mut tour) => walk(&mut tour, &mut report),
+        Err(error) => report.broke_off(&error),
     }
     if report.finish(STEPS.len()) {
         ExitCode::SUCCESS

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use libtest_mimic::Failed;
 
@@ -15,6 +16,9 @@ use crate::host::{self, Holdings};
 pub const HOST_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 213, 90, 1);
 /// The guest's address on the same network.
 pub const GUEST_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 213, 90, 2);
+
+/// How long a VM that is going down may take to say why.
+const SETTLING: Duration = Duration::from_secs(5);
 
 /// The things on the host, and the VM with the shell in its guest as soon as there are any.
 pub struct Tour {
@@ -83,6 +87,29 @@ impl Tour {
     pub fn kvm_folders(&self) -> Option<BTreeSet<PathBuf>> {
         let now = host::kvm_folders()?;
         Some(now.difference(self.foreign.as_ref()?).cloned().collect())
+    }
+
+    /// What is known of the VM that the tour is about, for a step that could not go on.
+    pub fn describe(&self) -> String {
+        let Ok(guest) = self.guest() else {
+            return "no vm has been made".to_owned();
+        };
+        let told = match guest.vm.inspect() {
+            Ok(told) => format!("{told:#}"),
+            Err(error) => error.to_string(),
+        };
+        let folders = self.kvm_folders().unwrap_or_default();
+        let exits: Vec<String> = folders
+            .iter()
+            .filter_map(|folder| Some(host::exit_count(folder).ok()?.to_string()))
+            .collect();
+        let events = std::iter::from_fn(|| guest.events.next(SETTLING));
+        let events: Vec<String> = events.map(|event| format!("{event:?}")).collect();
+        format!(
+            "vm exits so far: {}\nthe vm says: {told}\nevents that nobody has read:\n{}",
+            exits.join(", "),
+            events.join("\n")
+        )
     }
 
     /// Drops every handle of every VM.
