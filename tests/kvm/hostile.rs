@@ -53,12 +53,18 @@ fn nonsense_everywhere_harms_nobody_else() -> Result<(), Failed> {
          devmem $(({bar} + o)) $w $((v % (1 << w))); devmem $(({bar} + o)) $w >/dev/null; done; done; \
          for s in 1 3 11 15 4 0; do devmem $(({bar} + 20)) 8 $s; done; done"
     ))?;
+    // Queues in the middle of nowhere: the device asks for a reset, and says so to the host too. The registers are those
+    // of virtio 1.2 §4.1.4.3.
+    shell.succeed(&format!(
+        "w() {{ devmem $(({bar} + $1)) $2 $3; }}; w 20 8 0; w 20 8 3; w 8 32 1; w 12 32 1; w 20 8 11; w 22 16 0; \
+         w 32 32 0xfffff000; w 36 32 0xffff; w 40 32 0xffffe000; w 44 32 0xffff; w 48 32 0xffffd000; \
+         w 52 32 0xffff; w 28 16 1; w 20 8 15; s=$(devmem $(({bar} + 20)) 8); [ $((s & 64)) = 64 ]"
+    ))?;
     shell.succeed(&format!(
         "for round in $(seq 20); do dd if=/dev/urandom of=/sys/bus/pci/devices/{DISK}/config bs=64 count=4 \
          conv=notrunc 2>/dev/null; od /sys/bus/pci/devices/{DISK}/config >/dev/null; done; true"
     ))?;
 
-    // A queue in the middle of nowhere: the device asks for a reset, and says so to the host too.
     shell.succeed(&format!(
         "echo 1 >/sys/bus/pci/devices/{DISK}/reset 2>/dev/null; true"
     ))?;

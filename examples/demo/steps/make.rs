@@ -11,7 +11,7 @@ use crate::report::Report;
 use crate::tour::Tour;
 
 /// Processors of the VM.
-pub const CPUS: u8 = 2;
+pub const CPUS: u32 = 2;
 /// The disk's name, which the guest reads as its serial number.
 pub const DISK: &str = "letters";
 /// The disk's size.
