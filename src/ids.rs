@@ -203,7 +203,7 @@ impl Bdf {
         }
     }
 
-    /// The PCI segment (an independent ECAM region with a host bridge of its own).
+    /// The PCI segment (an independent ECAM region).
     pub const fn segment(self) -> u16 {
         self.segment
     }

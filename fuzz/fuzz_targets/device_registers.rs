@@ -4,7 +4,7 @@
 
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
-use vm_lifecycle::memory::layout::ACPI_REGISTERS_BASE;
+use vm_lifecycle::memory::layout::{ACPI_REGISTERS_BASE, RTC_PORT};
 use vm_lifecycle::unit::PauseTicket;
 use vm_lifecycle_fuzz::Access;
 use vm_lifecycle_fuzz::board::{Board, PORTS};
@@ -14,6 +14,8 @@ enum Step {
     /// Device, register, access.
     Device(u8, u8, Access),
     Port(u16, Access),
+    /// Writes a register of the clock.
+    Clock(u8, u8),
     Acpi(u16, Access),
     Type(Vec<u8>),
     PressPowerButton,
@@ -30,6 +32,10 @@ fn play(board: &Board, step: &Step) {
             access.at(&board.pio, port.into());
         }
         Step::Port(port, access) => access.at(&board.pio, (*port).into()),
+        Step::Clock(index, value) => {
+            board.pio.write(RTC_PORT.into(), &[*index]);
+            board.pio.write(u64::from(RTC_PORT) + 1, &[*value]);
+        }
         Step::Acpi(offset, access) => {
             access.at(&board.mmio, ACPI_REGISTERS_BASE + u64::from(offset % 0x2000));
         }

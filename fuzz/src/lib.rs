@@ -33,10 +33,11 @@ pub struct Access {
 impl Access {
     /// Does it at `address`.
     pub fn at(&self, bus: &Bus, address: u64) {
-        // Mostly lengths that an instruction has.
-        let length = match self.length % 16 {
-            odd @ 1..8 => odd.into(),
-            power => 1 << (power % 4),
+        // Half of them bytes, as most registers want; the rest any length that a bus can be asked for.
+        let length = if self.length < 128 {
+            1
+        } else {
+            1 + usize::from(self.length % 8)
         };
         match self.value {
             Some(value) => bus.write(address, &value.to_le_bytes()[..length]),

@@ -11,7 +11,7 @@ use crate::ids::Bdf;
 /// PCI segments of a VM (`memory::layout::SEGMENT_COUNT`).
 pub const SEGMENT_COUNT: u16 = 4;
 /// The first slots of segment 0 belong to the platform: host bridge, entropy, console, and room for the platform's
-/// memory devices. In the other segments only slot 0, the host bridge, does.
+/// memory devices. In the other segments only slot 0, which stays empty, does.
 pub const PLATFORM_SLOT_COUNT: u8 = 8;
 /// The address of the entropy device.
 pub const RNG_BDF: Bdf = platform(1);

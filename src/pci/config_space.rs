@@ -1,6 +1,7 @@
 //! A type 0 configuration space (PCI 3.0 §6.1): values, what the guest may write, and what a reset restores.
 //!
-//! Only the first 256 bytes are stored; the rest of the 4 KiB (no extended capabilities) reads as zero. Every byte
+//! Only the first 256 bytes exist; the rest of the 4 KiB reads as all ones, from which a guest learns that there are
+//! no extended capabilities without looking for each. Every byte
 //! has a mask of the bits that the guest can write, and BAR sizing follows from that alone: the address bits below
 //! the BAR's size are not writable and read as zero. The owner looks at the registers after each write.
 
@@ -148,11 +149,11 @@ impl ConfigSpace {
         Ok(link)
     }
 
-    /// Reads `data.len()` bytes at `offset`; what is not stored reads as zero.
+    /// Reads `data.len()` bytes at `offset`; what is not stored reads as all ones.
     pub fn read(&self, offset: u16, data: &mut [u8]) {
         for (index, byte) in data.iter_mut().enumerate() {
             let register = self.registers.get(usize::from(offset) + index);
-            *byte = register.map_or(0, |register| register.value);
+            *byte = register.map_or(u8::MAX, |register| register.value);
         }
     }
 
@@ -282,7 +283,7 @@ mod tests {
         space.write(0x08, &[0xFF; 4]);
         assert_eq!((space.dword(0x00), space.dword(0x08)), (0x1041_1AF4, 0x0200_0001));
         space.write(0x100, &[0xFF; 4]);
-        assert_eq!(space.dword(0x100), 0);
+        assert_eq!(space.dword(0x100), u32::MAX);
         let mut last = [0xFF; 4];
         space.read(0xFFC, &mut last);
         assert_eq!(last, [0; 4]);

@@ -1,4 +1,4 @@
-//! One PCI segment: its ECAM, its bus 0, its slots and, in slot 0, its host bridge.
+//! One PCI segment: its ECAM, its bus 0, its slots; and the host bridge in slot 0 of the first segment.
 //!
 //! The ECAM (PCI Express 5.0 §7.2.2) turns an address into bus, slot, function and register. Only function 0 exists.
 //! Empty slots, other functions and accesses that are not 1, 2 or 4 naturally aligned bytes read as all ones.
@@ -23,7 +23,7 @@ const HOST_BRIDGE_SUBSYSTEM_ID: u16 = 0x1100;
 /// The vendor of that subsystem id.
 const HOST_BRIDGE_SUBSYSTEM_VENDOR_ID: u16 = 0x1AF4;
 
-/// The function in slot 0 of every segment. It does nothing but exist.
+/// The function in slot 0 of segment 0. It does nothing but exist.
 pub struct HostBridge {
     config: Mutex<ConfigSpace>,
 }

@@ -1,7 +1,7 @@
 //! PCI as the guest sees it: configuration space, BARs, capabilities, MSI-X, host bridges and slots.
 //!
 //! ```text
-//! ECAM of segment n ── PciSegment ── slot 0: HostBridge
+//! ECAM of segment n ── PciSegment ── slot 0: HostBridge in segment 0, empty in the others
 //!                          │         slot 1…31: Arc<dyn PciDevice>, one function each
 //!                          └ Slots: empty → reserved → occupied, held by guards
 //! ```

@@ -1,6 +1,9 @@
-//! All PCI segments of a VM: their ECAMs on the bus, their host bridges and the choice of a slot.
+//! All PCI segments of a VM: their ECAMs on the bus, their host bridge and the choice of a slot.
 //!
-//! As a unit it holds what the guest wrote into the host bridges; which device sits where is configuration, not
+//! Segment 0 shows its host bridge as a function, because programs look for one there. The others do without: a
+//! kernel finds segments by ACPI, and a function that does nothing costs it seventy exits at each boot.
+//!
+//! As a unit it holds what the guest wrote into the host bridge; which device sits where is configuration, not
 //! state, and every device is a unit of its own.
 
 use std::fmt;
@@ -19,13 +22,15 @@ use crate::unit::{PauseTicket, RestoreError, SaveError, Section, Unit};
 /// The PCI segments of a VM. Dropping it takes their ECAMs off the bus.
 pub struct PciRoot {
     name: UnitName,
+    host_bridge: Arc<HostBridge>,
     segments: Vec<Segment>,
+    _bridge_slot: OccupiedSlot,
+    /// Slot 0 of the other segments, so that nobody else takes it.
+    _unused_slots: Vec<SlotReservation>,
 }
 
 struct Segment {
     slots: Slots,
-    host_bridge: Arc<HostBridge>,
-    _bridge_slot: OccupiedSlot,
     _ecam: BusClaim,
 }
 
@@ -35,7 +40,7 @@ pub enum PciRootError {
     /// Another device answers where an ECAM belongs.
     #[error(transparent)]
     Bus(#[from] BusError),
-    /// A slot that belongs to a host bridge is taken.
+    /// The slot that belongs to the host bridge is taken.
     #[error(transparent)]
     Slot(#[from] SlotError),
     /// The unit's name is not valid.
@@ -50,27 +55,30 @@ impl fmt::Debug for PciRoot {
 }
 
 impl PciRoot {
-    /// Makes every segment of the machine, each with its host bridge in slot 0, and puts the ECAMs on `mmio`.
+    /// Makes every segment of the machine, with the host bridge in the first slot, and puts the ECAMs on `mmio`.
     ///
     /// # Errors
     /// [`PciRootError::Bus`] when an ECAM's addresses are taken.
     pub fn new(mmio: &Bus) -> Result<Self, PciRootError> {
         let mut segments = Vec::with_capacity(usize::from(SEGMENT_COUNT));
+        let mut first_slots = Vec::with_capacity(usize::from(SEGMENT_COUNT));
         for bdf in (0..SEGMENT_COUNT).filter_map(|segment| Bdf::new(segment, 0)) {
             let slots = Slots::new(bdf.segment());
-            let host_bridge = Arc::new(HostBridge::new());
-            let bridge_slot = slots.reserve(bdf)?.occupy(host_bridge.clone());
+            first_slots.push(slots.reserve(bdf)?);
             let ecam = Arc::new(PciSegment::new(slots.clone()));
             segments.push(Segment {
                 slots,
-                host_bridge,
-                _bridge_slot: bridge_slot,
                 _ecam: mmio.claim(ecam_address(bdf), ECAM_SEGMENT_BYTES, ecam)?,
             });
         }
+        let host_bridge = Arc::new(HostBridge::new());
+        let bridge_slot = first_slots.remove(0).occupy(host_bridge.clone());
         Ok(Self {
             name: UnitName::new("pci")?,
+            host_bridge,
             segments,
+            _bridge_slot: bridge_slot,
+            _unused_slots: first_slots,
         })
     }
 
@@ -115,39 +123,26 @@ impl Unit for PciRoot {
     }
 
     fn reset(&self) {
-        for segment in &self.segments {
-            segment.host_bridge.reset();
-        }
+        self.host_bridge.reset();
     }
 
     fn pause(&self, ticket: PauseTicket) {
-        // The bridges never have anything in flight.
+        // The bridge never has anything in flight.
         drop(ticket);
     }
 
     fn resume(&self) {}
 
     fn save(&self) -> Result<Section, SaveError> {
-        let bridges = self.segments.iter().map(|segment| segment.host_bridge.save());
         let saved = SavedPciRootV1 {
-            host_bridges: bridges.collect(),
+            host_bridge: self.host_bridge.save(),
         };
         Section::encode(PCI_ROOT_SCHEMA, &saved)
     }
 
     fn restore(&self, section: &Section) -> Result<(), RestoreError> {
-        let SavedPciRootV1 { host_bridges } = section.decode(PCI_ROOT_SCHEMA)?;
-        if host_bridges.len() != self.segments.len() {
-            return Err(RestoreError::Value {
-                field: "host_bridges",
-                value: host_bridges.len().to_string(),
-                reason: "the machine has another number of segments",
-            });
-        }
-        for (segment, saved) in self.segments.iter().zip(&host_bridges) {
-            segment.host_bridge.restore(saved)?;
-        }
-        Ok(())
+        let SavedPciRootV1 { host_bridge } = section.decode(PCI_ROOT_SCHEMA)?;
+        self.host_bridge.restore(&host_bridge)
     }
 
     fn inspect(&self) -> Value {
@@ -178,14 +173,18 @@ mod tests {
     }
 
     #[test]
-    fn every_segment_shows_its_bridge_and_nothing_else() {
+    fn the_first_segment_shows_its_bridge_and_nothing_else_is_shown() {
         let mmio = Bus::new();
         let root = PciRoot::new(&mmio).expect("the bus is empty");
-        for segment in 0..SEGMENT_COUNT {
-            assert_eq!(read(&mmio, bdf(segment, 0), 0), 0x0008_1B36);
-            assert_eq!(read(&mmio, bdf(segment, 0), 8) >> 8, 0x06_0000);
-            assert_eq!(read(&mmio, bdf(segment, 0), 0x34), 0, "no capabilities");
-            for slot in 1..32 {
+        assert_eq!(read(&mmio, bdf(0, 0), 0), 0x0008_1B36);
+        assert_eq!(read(&mmio, bdf(0, 0), 8) >> 8, 0x06_0000);
+        assert_eq!(read(&mmio, bdf(0, 0), 0x34), 0, "no capabilities");
+        assert_eq!(read(&mmio, bdf(0, 0), 0x100), u32::MAX, "no extended space");
+        for slot in 1..32 {
+            assert_eq!(read(&mmio, bdf(0, slot), 0), u32::MAX);
+        }
+        for segment in 1..SEGMENT_COUNT {
+            for slot in 0..32 {
                 assert_eq!(read(&mmio, bdf(segment, slot), 0), u32::MAX);
             }
         }
@@ -209,6 +208,7 @@ mod tests {
             root.reserve(bdf(0, 0)).expect_err("the bridge's"),
             SlotError::Taken { bdf: bdf(0, 0) }
         );
+        assert!(root.reserve(bdf(3, 0)).is_err(), "nobody's");
         assert_eq!(
             root.reserve(bdf(SEGMENT_COUNT, 1))
                 .expect_err("no such segment")
@@ -226,35 +226,27 @@ mod tests {
     }
 
     #[test]
-    fn the_guests_changes_to_a_bridge_are_reset_saved_and_restored() {
+    fn the_guests_changes_to_the_bridge_are_reset_saved_and_restored() {
         let mmio = Bus::new();
         let root = PciRoot::new(&mmio).expect("the bus is empty");
-        let command = ecam_address(bdf(1, 0)) + 4;
+        let command = ecam_address(bdf(0, 0)) + 4;
         assert!(mmio.write(command, &[0x06, 0]));
         let section = root.save().expect("it encodes");
         assert_eq!(
             serde_json::to_string(&section.body).expect("json"),
-            r#"{"host_bridges":[{},{"4":6},{},{}]}"#
+            r#"{"host_bridge":{"4":6}}"#
         );
         root.reset();
-        assert_eq!(read(&mmio, bdf(1, 0), 4) & 0xFFFF, 0);
+        assert_eq!(read(&mmio, bdf(0, 0), 4) & 0xFFFF, 0);
         root.restore(&section).expect("its own section");
-        assert_eq!(read(&mmio, bdf(1, 0), 4) & 0xFFFF, 6);
-        for (body, message) in [
-            (
-                r#"{"host_bridges":[{}]}"#,
-                "saved host_bridges is 1: the machine has another number of segments",
-            ),
-            (
-                r#"{"host_bridges":[{"0":1},{},{},{}]}"#,
-                "saved config_space is 0x01 at 0x000: the register cannot hold it",
-            ),
-        ] {
-            let body = serde_json::from_str(body).expect("json");
-            let error = root
-                .restore(&Section { schema: 1, body })
-                .expect_err("impossible");
-            assert_eq!(error.to_string(), message);
-        }
+        assert_eq!(read(&mmio, bdf(0, 0), 4) & 0xFFFF, 6);
+        let body = serde_json::from_str(r#"{"host_bridge":{"0":1}}"#).expect("json");
+        let error = root
+            .restore(&Section { schema: 1, body })
+            .expect_err("impossible");
+        assert_eq!(
+            error.to_string(),
+            "saved config_space is 0x01 at 0x000: the register cannot hold it"
+        );
     }
 }

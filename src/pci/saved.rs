@@ -10,12 +10,12 @@ use serde::{Deserialize, Serialize};
 /// The schema of the PCI root's section.
 pub const PCI_ROOT_SCHEMA: u32 = 1;
 
-/// The PCI root: the host bridge of every segment, in order.
+/// The PCI root.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SavedPciRootV1 {
-    /// What the guest changed in each host bridge's configuration space.
-    pub host_bridges: Vec<SavedConfigSpaceV1>,
+    /// What the guest changed in the host bridge's configuration space.
+    pub host_bridge: SavedConfigSpaceV1,
 }
 
 /// A configuration space: the bytes that differ from power-on, by offset.

@@ -117,6 +117,58 @@ fn counters(folder: &Path) -> io::Result<BTreeMap<String, u64>> {
     Ok(counters)
 }
 
+/// What a process costs beside the RAM of its guests.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct OwnMemory {
+    /// Its share of all its resident pages (`Pss`).
+    pub share_kib: u64,
+    /// The resident pages that nobody else has.
+    pub private_kib: u64,
+}
+
+impl OwnMemory {
+    /// Counts the mappings of process `pid`, without those that are as large as a guest's RAM.
+    pub fn of_process(pid: u32, ram_bytes: u64) -> io::Result<Self> {
+        let text = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+        let mut own = OwnMemory::default();
+        let mut is_ram = false;
+        for line in text.lines() {
+            let (name, rest) = line.split_once(' ').unwrap_or((line, ""));
+            let number = || -> u64 {
+                rest.split_whitespace()
+                    .next()
+                    .and_then(|n| n.parse().ok())
+                    .unwrap_or(0)
+            };
+            match name {
+                "Size:" => is_ram = number() == ram_bytes >> 10,
+                "Pss:" if !is_ram => own.share_kib += number(),
+                "Private_Clean:" | "Private_Dirty:" if !is_ram => own.private_kib += number(),
+                _ => {}
+            }
+        }
+        Ok(own)
+    }
+}
+
+/// The CPU time that each thread of process `pid` has had, by thread id: the thread's name and nanoseconds.
+pub fn thread_times(pid: u32) -> io::Result<BTreeMap<u32, (String, u64)>> {
+    let mut times = BTreeMap::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let entry = entry?;
+        let id = entry
+            .file_name()
+            .to_string_lossy()
+            .parse()
+            .map_err(io::Error::other)?;
+        let name = fs::read_to_string(entry.path().join("comm"))?.trim().to_string();
+        let spent = fs::read_to_string(entry.path().join("schedstat"))?;
+        let nanoseconds = spent.split_whitespace().next().unwrap_or_default();
+        times.insert(id, (name, nanoseconds.parse().map_err(io::Error::other)?));
+    }
+    Ok(times)
+}
+
 /// The number after `name` at the beginning of a line.
 fn field(text: &str, name: &str) -> io::Result<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name));

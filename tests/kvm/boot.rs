@@ -64,14 +64,7 @@ fn smp_guest_sees_all_its_cpus_and_devices() -> Result<(), Failed> {
     let devices = shell.succeed("ls /sys/bus/pci/devices")?;
     assert_eq!(
         devices.split_whitespace().collect::<Vec<_>>(),
-        [
-            "0000:00:00.0",
-            "0000:00:01.0",
-            "0000:00:02.0",
-            "0001:00:00.0",
-            "0002:00:00.0",
-            "0003:00:00.0"
-        ]
+        ["0000:00:00.0", "0000:00:01.0", "0000:00:02.0"]
     );
     assert_eq!(
         shell.succeed("cat /sys/devices/system/clocksource/clocksource0/current_clocksource")?,

@@ -20,8 +20,8 @@ pub fn run(paths: &Paths, options: &[String], arguments: &[String]) -> Result<i3
         _ => return Err(Failure::new("`bench` takes the name of one benchmark at most")),
     };
     let built = step("build the benchmarks", || {
-        // Some measure the example programs.
-        cargo::executables(paths, &["build", "--release", "--examples"])?;
+        // `start_up` measures it.
+        cargo::executables(paths, &["build", "--release", "--example", "boot"])?;
         cargo::executables(paths, &build)
     })?;
     let programs: Vec<Vec<String>> = built
