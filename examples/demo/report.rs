@@ -67,7 +67,7 @@ impl Report {
     /// Prints the summary and tells whether every check of every step held.
     pub fn finish(self, step_count: usize) -> bool {
         println!(
-            "\nThe tour is over after {:.0} s: {} of {step_count} steps, {} checks ok, {} FAILED.",
+            "\nThe tour is over after {:.0} s: {} of {step_count} steps, {} checks ok, {} failed.",
             self.began.elapsed().as_secs_f64(),
             self.step_count,
             self.ok_count,
