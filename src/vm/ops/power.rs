@@ -235,10 +235,16 @@ fn end(vm: &mut Supervisor, trigger: Trigger, cause: EndCause) {
         return;
     }
     vm.end_cause = Some(cause);
-    match vm.in_flight() {
-        Some(OperationKind::PowerOff) | None => {}
-        // The guest did what it was asked to.
-        Some(OperationKind::ShutDown) if vm.end_cause == Some(EndCause::GuestPowerOff) => {}
+    match &mut vm.flight {
+        None => {}
+        Some(flight) if flight.operation.kind() == OperationKind::PowerOff => {}
+        // The guest did what it was asked to, in time: the rest is not its doing.
+        Some(flight)
+            if flight.operation.kind() == OperationKind::ShutDown
+                && vm.end_cause == Some(EndCause::GuestPowerOff) =>
+        {
+            flight.deadline = None;
+        }
         Some(_) => vm.end_flight(Outcome::Overtaken {
             by: "the end of the guest",
         }),
