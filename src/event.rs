@@ -47,7 +47,8 @@ pub enum EventKind {
     Ended { cause: EndCause },
     /// The guest was reset and boots again.
     Reset { cause: ResetCause },
-    /// A driver in the guest took a device or let go of it.
+    /// A driver in the guest took a device or let go of it. Of a guest that does so faster than it can be told, the
+    /// last word is told.
     DriverReady { unit: UnitName, ready: bool },
     /// A driver broke the rules; its device does nothing until the driver resets it.
     DeviceNeedsReset { unit: UnitName, reason: String },

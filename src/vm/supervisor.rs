@@ -14,7 +14,7 @@ use crate::event::{EndCause, EventKind, ResetCause};
 use crate::ids::OperationId;
 use crate::state::State;
 use crate::vm::error::RequestError;
-use crate::vm::mailbox::{Mailbox, Message, Report, Request};
+use crate::vm::mailbox::{Mailbox, Message, Notice, Notices, Report, Request};
 use crate::vm::operation::{Operation, OperationKind, Outcome};
 use crate::vm::ops::power;
 use crate::vm::platform::{Machine, Platform};
@@ -38,6 +38,8 @@ pub(super) struct Supervisor {
     pub(super) end_cause: Option<EndCause>,
     sender: Sender<Message>,
     generation: u64,
+    /// What the guest of this generation has said.
+    notices: Arc<Notices>,
     last_operation: u64,
     handles_gone: bool,
 }
@@ -77,6 +79,7 @@ impl Supervisor {
             end_cause: None,
             sender,
             generation: 0,
+            notices: Arc::default(),
             last_operation: 0,
             handles_gone: false,
         }
@@ -155,9 +158,19 @@ impl Supervisor {
             Report::UnitsQuiet => power::units_quiet(self),
             Report::ResetDone(result) => power::reset_done(self, result),
             Report::TornDown => power::torn_down(self),
-            Report::Power(request) => power::guest_request(self, request),
-            Report::DriverReady { unit, ready } => self.publish(EventKind::DriverReady { unit, ready }),
-            Report::NeedsReset { unit, reason } => {
+            Report::Noticed => self
+                .notices
+                .take()
+                .into_iter()
+                .for_each(|notice| self.notice(notice)),
+        }
+    }
+
+    fn notice(&mut self, notice: Notice) {
+        match notice {
+            Notice::Power(request) => power::guest_request(self, request),
+            Notice::DriverReady { unit, ready } => self.publish(EventKind::DriverReady { unit, ready }),
+            Notice::NeedsReset { unit, reason } => {
                 self.publish(EventKind::DeviceNeedsReset { unit, reason });
             }
         }
@@ -233,12 +246,13 @@ impl Supervisor {
     /// Begins a new generation of the machine; reports of older ones are ignored from now on.
     pub(super) fn new_generation(&mut self) -> Mailbox {
         self.generation += 1;
+        self.notices = Arc::default();
         self.mailbox()
     }
 
     /// The mailbox for the present generation.
     pub(super) fn mailbox(&self) -> Mailbox {
-        Mailbox::new(self.sender.clone(), self.generation)
+        Mailbox::new(self.sender.clone(), self.generation, self.notices.clone())
     }
 }
 
