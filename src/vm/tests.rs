@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::fake::FakePlatform;
 use super::operation::Outcome;
+use super::platform::Machine;
 use super::*;
 use crate::event::{EndCause, EventKind};
 use crate::unit::PowerRequest;
@@ -143,6 +144,29 @@ fn a_failed_start_leaves_the_vm_off_and_a_failed_reset_switches_it_off() {
             .starts_with("the vm could not be reset and was switched off: ")
     );
     assert!(vm.wait_for(State::Off, SOON));
+}
+
+/// A platform whose host devices have a defect.
+struct PanickingPlatform;
+
+impl Platform for PanickingPlatform {
+    fn check(&self, _config: &VmConfig) -> Result<(), BuildError> {
+        Ok(())
+    }
+
+    fn build(&self, _config: &VmConfig, _mailbox: Mailbox) -> Result<Arc<dyn Machine>, BuildError> {
+        panic!("the embedder's host devices panic")
+    }
+}
+
+#[test]
+fn a_panic_in_a_build_fails_the_start_and_the_vm_can_still_be_dropped() {
+    let vm = Vm::new(config(), Arc::new(PanickingPlatform)).expect("nothing is built yet");
+    let start = vm.start().expect("an off vm can be started");
+    let outcome = start.wait(SOON).expect("the panic ends the start");
+    let expected = "the vm could not be started: the thread that prepares the machine panicked";
+    assert_eq!(outcome.to_string(), expected);
+    assert_eq!(vm.state(), State::Off);
 }
 
 #[test]
