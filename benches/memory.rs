@@ -88,19 +88,23 @@ struct Watched {
 impl HostDevices for Watched {
     fn serial_output(&self) -> io::Result<Box<dyn Write + Send>> {
         let reached = self.reached.clone();
-        Ok(Box::new(Lines { reached }))
+        let text = String::new();
+        Ok(Box::new(Console { text, reached }))
     }
 }
 
-struct Lines {
+struct Console {
+    /// What was written before init's line.
+    text: String,
     reached: Sender<()>,
 }
 
-impl Write for Lines {
+impl Write for Console {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        // The serial port hands over whole lines.
-        if String::from_utf8_lossy(bytes).contains(INIT_REACHED) {
+        self.text.push_str(&String::from_utf8_lossy(bytes));
+        if self.text.contains(INIT_REACHED) {
             self.reached.send(()).ok();
+            self.text.clear();
         }
         Ok(bytes.len())
     }
