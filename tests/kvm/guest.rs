@@ -21,9 +21,9 @@ use crate::harness::guest_shell::GuestShell;
 use crate::harness::wait::Signal;
 
 /// Long enough for a boot on a busy machine; a test that waits this long has failed.
-pub const BOOT_WITHIN: Duration = Duration::from_secs(180);
+pub const BOOT_WITHIN: Duration = Duration::from_secs(300);
 /// Long enough for anything else.
-pub const WITHIN: Duration = Duration::from_secs(60);
+pub const WITHIN: Duration = Duration::from_secs(180);
 /// The command line that every test guest has.
 pub const CMDLINE: &str = "console=ttyS0 quiet loglevel=3 panic=-1 harness.modules=all";
 
