@@ -87,6 +87,7 @@ impl Supervisor {
 
     /// Serves the mailbox until the last handle is gone and nothing of the VM is left.
     pub(super) fn run(mut self, mailbox: &Receiver<Message>) {
+        self.shared.own_thread();
         while !(self.handles_gone && self.state == State::Off) {
             match self.receive(mailbox) {
                 Ok(message) => self.handle(message),

@@ -141,6 +141,34 @@ fn accesses_reach_the_buses_element_by_element() {
     assert_eq!(read, [0x44, 0x44, 0x44, 0]);
 }
 
+struct Panicking;
+
+impl BusDevice for Panicking {
+    fn read(&self, _offset: u64, _data: &mut [u8]) {}
+
+    fn write(&self, _offset: u64, _data: &[u8]) {
+        panic!("a device with a defect");
+    }
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn a_device_that_panics_ends_the_vcpu_and_not_its_thread() {
+    let code = [
+        0xBA, 0x00, 0x02, // mov dx, 0x200
+        0xEE, // out dx, al
+        0xEB, 0xFE, // jmp to itself
+    ];
+    let machine = machine(1, &code);
+    let vcpu = &machine.vcpus[0];
+    let claim = vcpu.shared.buses.pio.claim(0x200, 1, Arc::new(Panicking));
+    let _claim = claim.expect("the port is free");
+    vcpu.run();
+    assert_eq!(machine.hear(), Heard::Exited(0, VcpuExitReason::Panicked));
+    vcpu.park();
+    assert_eq!(machine.hear(), Heard::Parked(0));
+}
+
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn memory_mapped_accesses_reach_the_device() {

@@ -291,7 +291,9 @@ fn spawn(
     panicked: Report,
 ) -> std::io::Result<()> {
     let mailbox = vm.mailbox();
+    let shared = vm.shared.clone();
     let work = move || {
+        shared.own_thread();
         // What the panic left half done is not looked at again: the machine is torn down.
         mailbox.report(catch_unwind(AssertUnwindSafe(work)).unwrap_or(panicked));
     };
