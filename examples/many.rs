@@ -65,7 +65,7 @@ fn start(kernel: &str, initrd: &str, index: usize) -> Result<Vm, Box<dyn std::er
     let config = VmConfig::builder(format!("many-{index}"), std::path::absolute(kernel)?)
         .initrd(std::path::absolute(initrd)?)
         .cmdline(CMDLINE)
-        .cpus(1 + (index % 2) as u8)
+        .cpus(1 + (index % 2) as u32)
         .startup_bytes(128 << 20)
         .build()?;
     let vm = Vm::new(config, Arc::new(KvmPlatform::new(DefaultHost)))?;

@@ -6,13 +6,16 @@
 
 use std::io;
 use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use event_manager::{
     EventManager, EventOps, EventSet, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId, SubscriberOps,
 };
+
+/// How many additions may wait for the loop. Guests cause them, and can do so faster than the loop serves them.
+const ADDITIONS_WAITING_MAX: usize = 1024;
 
 /// Reacts to readable file descriptors, on the loop's thread.
 pub trait EventHandler: Send + Sync {
@@ -46,6 +49,7 @@ pub struct EventLoop {
 pub struct LoopHandle {
     endpoint: RemoteEndpoint<Subscriber>,
     stop: Arc<AtomicBool>,
+    additions_waiting_count: Arc<AtomicUsize>,
 }
 
 /// The loop could not be started or has ended.
@@ -60,6 +64,9 @@ pub enum LoopError {
     /// The loop has ended, as it does when its VM is gone.
     #[error("the device event loop has ended")]
     Ended,
+    /// The loop is slower than those who add handlers.
+    #[error("{ADDITIONS_WAITING_MAX} handlers wait to be added to the device event loop")]
+    Busy,
 }
 
 impl EventLoop {
@@ -74,6 +81,7 @@ impl EventLoop {
         let handle = LoopHandle {
             endpoint: manager.remote_endpoint(),
             stop: stop.clone(),
+            additions_waiting_count: Arc::default(),
         };
         let (end, ended) = channel();
         let run = move || {
@@ -116,7 +124,7 @@ impl LoopHandle {
     /// Watches `sources` for `handler` until the registration is dropped.
     ///
     /// # Errors
-    /// [`LoopError::Ended`].
+    /// [`LoopError::Ended`] or [`LoopError::Busy`].
     pub fn register(
         &self,
         sources: Vec<Source>,
@@ -124,7 +132,13 @@ impl LoopHandle {
     ) -> Result<Registration, LoopError> {
         let id = Arc::new(Mutex::new(None));
         let slot = id.clone();
+        let waiting_count = self.additions_waiting_count.clone();
+        if waiting_count.fetch_add(1, Ordering::Relaxed) >= ADDITIONS_WAITING_MAX {
+            waiting_count.fetch_sub(1, Ordering::Relaxed);
+            return Err(LoopError::Busy);
+        }
         let add = move |ops: &mut dyn SubscriberOps<Subscriber = Subscriber>| {
+            waiting_count.fetch_sub(1, Ordering::Relaxed);
             let added = ops.add_subscriber(Subscriber { sources, handler });
             *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(added);
         };
@@ -243,6 +257,35 @@ mod tests {
         drop(registration);
         // The handler held the only sender: its end shows that the loop let go of it.
         assert!(receiver.recv().is_err());
+    }
+
+    #[test]
+    fn a_busy_loop_refuses_more_handlers_until_it_gets_to_them() {
+        let event_loop = EventLoop::start("test-loop").expect("the host has epoll");
+        let handle = event_loop.handle();
+        let (go_on, wait) = channel::<()>();
+        let stuck = move || wait.recv().expect("the test lets it go on");
+        handle.run_once(stuck).expect("the loop runs");
+        let (sender, _receiver) = channel();
+        let handler = Arc::new(Tell {
+            fd: EventFd::new(EFD_NONBLOCK).expect("the host has eventfds"),
+            sender: Mutex::new(sender),
+        });
+        let register = || handle.register(Vec::new(), handler.clone());
+        for _ in 0..ADDITIONS_WAITING_MAX {
+            drop(register().expect("there is room"));
+        }
+        let error = register().err().expect("there is no room");
+        assert_eq!(
+            error.to_string(),
+            "1024 handlers wait to be added to the device event loop"
+        );
+        go_on.send(()).expect("the loop waits");
+        let (served, wait) = channel();
+        let tell = move || served.send(()).expect("the test listens");
+        handle.run_once(tell).expect("the loop runs");
+        wait.recv().expect("the loop serves requests in order");
+        assert!(register().is_ok(), "there is room again");
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! | 4 | [`vm`] | decides, owns, orders |
 //! | 2 | [`pci`], [`acpi`], [`legacy`], [`virtio`], [`boot`] | what the guest sees |
 //! | 1 | [`machine`], [`memory`], [`bus`], [`storage`], [`net`], [`event_loop`] | what the host gives |
-//! | 0 | [`ids`], [`event`], [`state`], [`unit`], [`guest_log`], [`config`] | pure: no KVM, no guest memory, no threads |
+//! | 0 | [`ids`], [`event`], [`state`], [`mod@unit`], [`guest_log`], [`config`] | pure: no KVM, no guest memory, no threads |
 //!
 //! `docs/ARCHITECTURE.md` tells how they fit together.
 

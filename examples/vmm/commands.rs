@@ -1,4 +1,4 @@
-//! The commands: each is one request to the VM, answered when it has ended.
+//! The commands: each is one request to the VM, answered when it has ended or takes too long.
 
 use std::time::Duration;
 
@@ -9,6 +9,8 @@ use vm_lifecycle::vm::{RequestError, Vm};
 
 /// How long `shut-down` and `wait` wait when they are not told.
 const DEFAULT_SECONDS: u64 = 60;
+/// How long a reply waits for an operation that needs no guest; the operation goes on after that.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Runs `command`; the value's fields go into the reply, the error becomes its text.
 pub fn run(vm: &Vm, command: &str, rest: &[&str]) -> Result<Value, String> {
@@ -18,8 +20,8 @@ pub fn run(vm: &Vm, command: &str, rest: &[&str]) -> Result<Value, String> {
         ("resume", []) => finish(vm.resume()),
         ("reset", []) => finish(vm.reset()),
         ("power-off", []) => finish(vm.power_off()),
-        ("shut-down", []) => finish(vm.shut_down(Duration::from_secs(DEFAULT_SECONDS))),
-        ("shut-down", [seconds]) => finish(vm.shut_down(parse_seconds(seconds)?)),
+        ("shut-down", []) => shut_down(vm, Duration::from_secs(DEFAULT_SECONDS)),
+        ("shut-down", [seconds]) => shut_down(vm, parse_seconds(seconds)?),
         ("wait", [state]) => wait(vm, state, Duration::from_secs(DEFAULT_SECONDS)),
         ("wait", [state, seconds]) => wait(vm, state, parse_seconds(seconds)?),
         ("status", []) => status(vm),
@@ -37,12 +39,26 @@ pub fn run(vm: &Vm, command: &str, rest: &[&str]) -> Result<Value, String> {
     }
 }
 
+fn shut_down(vm: &Vm, within: Duration) -> Result<Value, String> {
+    let operation = vm.shut_down(within);
+    finish_within(operation, within.saturating_add(PATIENCE))
+}
+
 fn finish(operation: Result<Operation, RequestError>) -> Result<Value, String> {
+    finish_within(operation, PATIENCE)
+}
+
+/// A disk that hangs can keep a pause or a reset waiting for ever: the next command, perhaps `power-off`, must be read.
+fn finish_within(operation: Result<Operation, RequestError>, patience: Duration) -> Result<Value, String> {
     let operation = operation.map_err(|error| error.to_string())?;
-    match operation.wait(Duration::MAX) {
+    match operation.wait(patience) {
         Some(Outcome::Done) => Ok(json!({})),
         Some(outcome) => Err(outcome.to_string()),
-        None => Err("the operation goes on".to_owned()),
+        None => Err(format!(
+            "{} goes on after {} seconds",
+            operation.kind(),
+            patience.as_secs()
+        )),
     }
 }
 

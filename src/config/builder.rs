@@ -34,7 +34,7 @@ pub enum ConfigError {
     NeedsVersion(#[from] NeedsVersion),
     /// The number of vCPUs is out of range.
     #[error("{count} vcpus are asked for, from 1 to {CPUS_MAX} are possible")]
-    CpuCount { count: u8 },
+    CpuCount { count: u32 },
     /// The start-up size is too small.
     #[error("start-up memory {startup} is below the minimum {minimum}")]
     StartupTooSmall { startup: ByteSize, minimum: ByteSize },
@@ -114,7 +114,7 @@ pub struct VmConfigBuilder {
     id: Option<VmId>,
     name: String,
     version: ConfigVersion,
-    cpu_count: u8,
+    cpu_count: u32,
     startup_bytes: u64,
     maximum_bytes: Option<u64>,
     huge_pages: bool,
@@ -168,7 +168,7 @@ impl VmConfigBuilder {
     }
 
     /// The number of vCPUs, from 1 to [`CPUS_MAX`].
-    pub fn cpus(mut self, count: u8) -> Self {
+    pub fn cpus(mut self, count: u32) -> Self {
         self.cpu_count = count;
         self
     }
@@ -243,11 +243,10 @@ impl VmConfigBuilder {
     }
 }
 
-fn check_cpus(count: u8) -> Result<u8, ConfigError> {
-    if (1..=CPUS_MAX).contains(&count) {
-        Ok(count)
-    } else {
-        Err(ConfigError::CpuCount { count })
+fn check_cpus(count: u32) -> Result<u8, ConfigError> {
+    match u8::try_from(count) {
+        Ok(small @ 1..=CPUS_MAX) => Ok(small),
+        _ => Err(ConfigError::CpuCount { count }),
     }
 }
 

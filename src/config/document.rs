@@ -124,7 +124,7 @@ fn builder(document: DocumentV2) -> VmConfigBuilder {
     let mut builder = VmConfig::builder(name, kernel)
         .id(id)
         .version(version)
-        .cpus(cpus)
+        .cpus(cpus.into())
         .startup_bytes(startup_bytes)
         .maximum_bytes(maximum_bytes)
         .huge_pages(huge_pages)

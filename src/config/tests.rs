@@ -315,7 +315,7 @@ prop_compose! {
         let mut builder = VmConfig::builder(name, "/boot/vmlinuz")
             .version(version)
             .cmdline(cmdline)
-            .cpus(cpus)
+            .cpus(cpus.into())
             .startup_bytes(startup_bytes)
             .maximum_bytes(startup_bytes + growth * RUNTIME_MEMORY_STEP_BYTES)
             .huge_pages(huge_pages);

@@ -126,6 +126,7 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs /dev/kvm"]
     fn a_paused_clock_stands_still_and_goes_on_from_there() {
         let kvm = Kvm::open().expect("this test needs /dev/kvm");
         let clock = Clock::new(kvm.create_vm().expect("kvm makes vms"));
@@ -145,6 +146,7 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs /dev/kvm"]
     fn a_reset_while_paused_starts_the_clock_at_zero() {
         let kvm = Kvm::open().expect("this test needs /dev/kvm");
         let clock = Clock::new(kvm.create_vm().expect("kvm makes vms"));

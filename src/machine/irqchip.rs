@@ -190,6 +190,7 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs /dev/kvm"]
     fn chips_come_back_as_saved_and_reset_as_at_power_on() {
         let unit = Irqchip::new(vm()).expect("kvm tells its chips");
         let fresh = unit.save().expect("kvm tells its chips");
@@ -207,6 +208,7 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs /dev/kvm"]
     fn swapped_chips_are_refused() {
         let unit = Irqchip::new(vm()).expect("kvm tells its chips");
         let fresh = unit.save().expect("kvm tells its chips");
@@ -221,6 +223,7 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs /dev/kvm"]
     fn the_timer_comes_back_as_saved() {
         let unit = Pit::new(vm()).expect("kvm tells its timer");
         let mut state = unit.pristine;

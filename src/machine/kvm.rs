@@ -256,6 +256,7 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs /dev/kvm"]
     fn a_vm_takes_irqfds_ioevents_and_routes() {
         let kvm = Kvm::open().expect("this test needs /dev/kvm");
         let vm = kvm.create_vm().expect("kvm makes vms");

@@ -80,6 +80,8 @@ impl DeviceQueue {
     /// # Errors
     /// [`DeviceFault::Queue`] when the head is out of range or the used ring is outside memory.
     pub fn complete(&mut self, head_index: u16, length_bytes: u32) -> Result<(), DeviceFault> {
+        // Checked here too, because `virtio-queue` logs each such head and a guest could fill the host's log with them.
+        self.check_head(head_index)?;
         self.queue
             .add_used(&*self.memory, head_index, length_bytes)
             .map_err(|error| self.fault(&error))
@@ -97,9 +99,7 @@ impl DeviceQueue {
         // Entries ahead of the index are the device's until the last completion publishes the index.
         let mut next_used = self.queue.next_used();
         for &(head_index, length_bytes) in earlier {
-            if head_index >= self.queue.size() {
-                return Err(self.fault(&format_args!("head {head_index} is out of range")));
-            }
+            self.check_head(head_index)?;
             // virtio 1.2 §2.7.8: flags and index (4 bytes), then entries of le32 id and le32 length.
             let offset = 4 + 8 * u64::from(next_used % self.queue.size());
             let entry = (u64::from(length_bytes) << 32 | u64::from(head_index)).to_le();
@@ -111,6 +111,13 @@ impl DeviceQueue {
         }
         self.queue.set_next_used(next_used);
         self.complete(last_head, last_length)
+    }
+
+    fn check_head(&self, head_index: u16) -> Result<(), DeviceFault> {
+        if head_index < self.queue.size() {
+            return Ok(());
+        }
+        Err(self.fault(&format_args!("head {head_index} is out of range")))
     }
 
     /// Interrupts the driver for what was completed since the last call, unless it asked not to be

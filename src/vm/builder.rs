@@ -58,12 +58,17 @@ impl<H: HostDevices> Platform for KvmPlatform<H> {
         let kvm = Kvm::open()?;
         check_vcpus(&kvm, config)?;
         open_boot(config)?.check(&new_ram(&kvm, config)?)?;
-        for disk in config.disks() {
-            self.open_disk(disk)?;
-        }
-        for nic in config.nics() {
-            self.open_nic(nic)?;
-        }
+        // All stay open until the end: the same image twice is in use, not free.
+        let _disks = config
+            .disks()
+            .iter()
+            .map(|disk| self.open_disk(disk))
+            .collect::<Result<Vec<_>, _>>()?;
+        let _nics = config
+            .nics()
+            .iter()
+            .map(|nic| self.open_nic(nic))
+            .collect::<Result<Vec<_>, _>>()?;
         Ok(())
     }
 

@@ -3,9 +3,13 @@
 //! Handles send requests and queries; vCPUs, units and workers report what happened. Reports carry the generation of
 //! the machine they come from, so that a late word from a machine that is gone is told from one of the present machine.
 //! Sending never blocks, and a report to a supervisor that is gone is dropped.
+//!
+//! What the guest can say as often as it likes does not go into the mailbox itself but into a bounded list beside it,
+//! of which one report tells: a guest with many vCPUs is faster than the one supervisor.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
 use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::event::EndCause;
@@ -43,13 +47,66 @@ pub(super) struct Request {
 pub(super) enum Report {
     Built(Result<Arc<dyn Machine>, BuildError>),
     VcpuParked,
-    VcpuEnded { cause: EndCause },
+    VcpuEnded {
+        cause: EndCause,
+    },
     UnitsQuiet,
     ResetDone(Result<(), BuildError>),
     TornDown,
+    /// The guest said something; it is in the [`Notices`].
+    Noticed,
+}
+
+/// What the guest says, as often as it likes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Notice {
     Power(PowerRequest),
     DriverReady { unit: UnitName, ready: bool },
     NeedsReset { unit: UnitName, reason: String },
+}
+
+impl Notice {
+    /// Whether `other` says everything that needs to be known of this, having come later.
+    fn is_outdated_by(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Power(request), Self::Power(other)) => request == other,
+            (Self::DriverReady { unit, .. }, Self::DriverReady { unit: other, .. })
+            | (Self::NeedsReset { unit, .. }, Self::NeedsReset { unit: other, .. }) => unit == other,
+            (Self::Power(_) | Self::DriverReady { .. } | Self::NeedsReset { .. }, _) => false,
+        }
+    }
+}
+
+/// How many notices wait before a later one takes the place of an earlier one of the same kind and unit.
+pub(super) const NOTICES_MAX: usize = 256;
+
+/// Notices that wait for the supervisor, oldest first: at most [`NOTICES_MAX`] and, beyond that, one of each kind and
+/// unit.
+#[derive(Default)]
+pub(super) struct Notices {
+    waiting: Mutex<VecDeque<Notice>>,
+}
+
+impl Notices {
+    /// Adds `notice` and, if it is the first that waits, calls `tell` before another can be added: whoever adds one
+    /// may rely on its being told of before anything that it sends afterwards.
+    fn add(&self, notice: Notice, tell: impl FnOnce()) {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if waiting.len() >= NOTICES_MAX
+            && let Some(outdated) = waiting.iter().position(|earlier| earlier.is_outdated_by(&notice))
+        {
+            waiting.remove(outdated);
+        }
+        waiting.push_back(notice);
+        if waiting.len() == 1 {
+            tell();
+        }
+    }
+
+    /// Takes all that wait now.
+    pub(super) fn take(&self) -> VecDeque<Notice> {
+        std::mem::take(&mut *self.waiting.lock().unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 /// The way from one generation of a VM's machine to its supervisor; cheap to clone.
@@ -57,11 +114,20 @@ pub(super) enum Report {
 pub struct Mailbox {
     sender: Sender<Message>,
     generation: u64,
+    notices: Arc<Notices>,
 }
 
 impl Mailbox {
-    pub(super) fn new(sender: Sender<Message>, generation: u64) -> Self {
-        Self { sender, generation }
+    pub(super) fn new(sender: Sender<Message>, generation: u64, notices: Arc<Notices>) -> Self {
+        Self {
+            sender,
+            generation,
+            notices,
+        }
+    }
+
+    fn notice(&self, notice: Notice) {
+        self.notices.add(notice, || self.report(Report::Noticed));
     }
 
     pub(super) fn report(&self, report: Report) {
@@ -85,13 +151,13 @@ impl Mailbox {
 
 impl PowerListener for Mailbox {
     fn power_request(&self, request: PowerRequest) {
-        self.report(Report::Power(request));
+        self.notice(Notice::Power(request));
     }
 }
 
 impl UnitListener for Mailbox {
     fn driver_ready(&self, unit: &UnitName, ready: bool) {
-        self.report(Report::DriverReady {
+        self.notice(Notice::DriverReady {
             unit: unit.clone(),
             ready,
         });
@@ -100,9 +166,50 @@ impl UnitListener for Mailbox {
     fn needs_reset(&self, unit: &UnitName, reason: &str) {
         // The reason may quote the guest: bounded here, once for all devices.
         let reason = reason.chars().take(200).collect();
-        self.report(Report::NeedsReset {
+        self.notice(Notice::NeedsReset {
             unit: unit.clone(),
             reason,
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    fn unit(name: &str) -> UnitName {
+        UnitName::new(name).expect("a short name")
+    }
+
+    #[test]
+    fn a_flood_is_bounded_and_its_last_word_is_heard_behind_what_others_said() {
+        let (sender, receiver) = channel();
+        let notices = Arc::new(Notices::default());
+        let mailbox = Mailbox::new(sender, 1, notices.clone());
+        mailbox.needs_reset(&unit("disk"), "first");
+        for round in 0..100_000 {
+            mailbox.driver_ready(&unit("net"), round % 2 == 0);
+        }
+        mailbox.power_request(PowerRequest::PowerOff);
+        assert_eq!(receiver.try_iter().count(), 1, "one report tells of all notices");
+        let taken = notices.take();
+        assert!(taken.len() <= NOTICES_MAX + 3, "{} notices", taken.len());
+        let first = Notice::NeedsReset {
+            unit: unit("disk"),
+            reason: "first".to_owned(),
+        };
+        assert_eq!(taken.front(), Some(&first));
+        let ends = [
+            Notice::DriverReady {
+                unit: unit("net"),
+                ready: false,
+            },
+            Notice::Power(PowerRequest::PowerOff),
+        ];
+        assert!(taken.iter().rev().take(2).eq(ends.iter().rev()), "{taken:?}");
+        mailbox.driver_ready(&unit("net"), true);
+        assert_eq!(receiver.try_iter().count(), 1, "the next notice is told of again");
     }
 }

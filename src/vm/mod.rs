@@ -42,6 +42,9 @@ use crate::vm::supervisor::Supervisor;
 ///
 /// When the last clone is dropped the guest's power is cut and everything the VM holds is given back before `drop`
 /// returns. The process never exits or panics on behalf of a guest.
+///
+/// A handle that the VM's own host devices hold keeps the VM alive until its guest ends; let them hold none, or one
+/// that they do not drop while the guest calls them. When the last handle goes with them, nobody waits.
 #[derive(Clone)]
 pub struct Vm {
     inner: Arc<Inner>,
@@ -280,6 +283,10 @@ impl Drop for Inner {
     fn drop(&mut self) {
         // When the supervisor is gone already there is nothing left to stop.
         let _ = self.mailbox.send(Message::HandlesGone);
+        // The embedder's host devices may hold the last handle, which then goes with the machine on a worker.
+        if self.shared.is_own_thread() {
+            return;
+        }
         if self
             .supervisor
             .take()

@@ -40,8 +40,8 @@ pub trait Platform: Send + Sync {
     fn build(&self, config: &VmConfig, mailbox: Mailbox) -> Result<Arc<dyn Machine>, BuildError>;
 }
 
-/// A built machine. No verb waits for the guest or a disk, except [`Machine::reset`] and [`Machine::tear_down`],
-/// which run on worker threads.
+/// A built machine. No verb waits for the guest or a disk, except [`Machine::reset`] and the drop, which happen on
+/// worker threads.
 pub trait Machine: Send + Sync {
     /// The number of vCPUs; [`Machine::park_vcpus`] is answered by that many reports.
     fn vcpu_count(&self) -> u32;
@@ -67,7 +67,7 @@ pub trait Machine: Send + Sync {
     /// Presses the ACPI power button.
     fn press_power_button(&self);
 
-    /// Stops every vCPU for good and waits for its thread. Afterwards nothing of the guest runs.
+    /// Tells every vCPU to stop for good. Dropping the machine afterwards waits for their threads.
     fn tear_down(&self);
 
     /// What is known of the devices.
@@ -148,6 +148,9 @@ pub enum BuildError {
     /// A device cannot be put behind its PCI transport.
     #[error(transparent)]
     Transport(#[from] TransportError),
+    /// The code that builds or resets panicked, for example in the embedder's host devices.
+    #[error("the thread that prepares the machine panicked")]
+    Panicked,
     /// The host refused something.
     #[error("the host refused {what}")]
     Host {

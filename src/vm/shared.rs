@@ -1,11 +1,18 @@
 //! What the supervisor publishes for its handles: state, operation in flight, events.
 
+use std::cell::Cell;
+use std::ptr;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::event::EventLog;
 use crate::state::State;
 use crate::vm::operation::OperationKind;
+
+thread_local! {
+    /// The VM whose supervisor or worker this thread is; null for every other thread. Only compared.
+    static OWNER: Cell<*const Shared> = const { Cell::new(ptr::null()) };
+}
 
 /// Written by the supervisor, read by handles. The two locks are never held together.
 pub(super) struct Shared {
@@ -31,6 +38,16 @@ impl Shared {
             changed: Condvar::new(),
             events: Mutex::default(),
         }
+    }
+
+    /// Makes the calling thread one of this VM's own.
+    pub fn own_thread(&self) {
+        OWNER.set(self);
+    }
+
+    /// Whether the calling thread is this VM's supervisor or one of its workers, for which the supervisor waits.
+    pub fn is_own_thread(&self) -> bool {
+        ptr::eq(OWNER.get(), self)
     }
 
     pub fn set_state(&self, state: State) {

@@ -7,14 +7,14 @@
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::config::VmConfig;
 use crate::event::{EndCause, EventKind, ResetCause};
 use crate::ids::OperationId;
 use crate::state::State;
 use crate::vm::error::RequestError;
-use crate::vm::mailbox::{Mailbox, Message, Report, Request};
+use crate::vm::mailbox::{Mailbox, Message, Notice, Notices, Report, Request};
 use crate::vm::operation::{Operation, OperationKind, Outcome};
 use crate::vm::ops::power;
 use crate::vm::platform::{Machine, Platform};
@@ -38,6 +38,8 @@ pub(super) struct Supervisor {
     pub(super) end_cause: Option<EndCause>,
     sender: Sender<Message>,
     generation: u64,
+    /// What the guest of this generation has said.
+    notices: Arc<Notices>,
     last_operation: u64,
     handles_gone: bool,
 }
@@ -77,6 +79,7 @@ impl Supervisor {
             end_cause: None,
             sender,
             generation: 0,
+            notices: Arc::default(),
             last_operation: 0,
             handles_gone: false,
         }
@@ -84,6 +87,7 @@ impl Supervisor {
 
     /// Serves the mailbox until the last handle is gone and nothing of the VM is left.
     pub(super) fn run(mut self, mailbox: &Receiver<Message>) {
+        self.shared.own_thread();
         while !(self.handles_gone && self.state == State::Off) {
             match self.receive(mailbox) {
                 Ok(message) => self.handle(message),
@@ -95,7 +99,11 @@ impl Supervisor {
 
     fn receive(&self, mailbox: &Receiver<Message>) -> Result<Message, RecvTimeoutError> {
         match self.flight.as_ref().and_then(|flight| flight.deadline) {
-            Some(deadline) => mailbox.recv_timeout(deadline.saturating_duration_since(Instant::now())),
+            Some(deadline) => match deadline.saturating_duration_since(Instant::now()) {
+                // A guest that talks without a pause must not put its deadline off.
+                Duration::ZERO => Err(RecvTimeoutError::Timeout),
+                left => mailbox.recv_timeout(left),
+            },
             None => mailbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
         }
     }
@@ -151,9 +159,19 @@ impl Supervisor {
             Report::UnitsQuiet => power::units_quiet(self),
             Report::ResetDone(result) => power::reset_done(self, result),
             Report::TornDown => power::torn_down(self),
-            Report::Power(request) => power::guest_request(self, request),
-            Report::DriverReady { unit, ready } => self.publish(EventKind::DriverReady { unit, ready }),
-            Report::NeedsReset { unit, reason } => {
+            Report::Noticed => self
+                .notices
+                .take()
+                .into_iter()
+                .for_each(|notice| self.notice(notice)),
+        }
+    }
+
+    fn notice(&mut self, notice: Notice) {
+        match notice {
+            Notice::Power(request) => power::guest_request(self, request),
+            Notice::DriverReady { unit, ready } => self.publish(EventKind::DriverReady { unit, ready }),
+            Notice::NeedsReset { unit, reason } => {
                 self.publish(EventKind::DeviceNeedsReset { unit, reason });
             }
         }
@@ -229,11 +247,72 @@ impl Supervisor {
     /// Begins a new generation of the machine; reports of older ones are ignored from now on.
     pub(super) fn new_generation(&mut self) -> Mailbox {
         self.generation += 1;
+        self.notices = Arc::default();
         self.mailbox()
     }
 
     /// The mailbox for the present generation.
     pub(super) fn mailbox(&self) -> Mailbox {
-        Mailbox::new(self.sender.clone(), self.generation)
+        Mailbox::new(self.sender.clone(), self.generation, self.notices.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+    use crate::unit::UnitListener;
+    use crate::vm::fake::FakePlatform;
+
+    /// A supervisor that the test drives itself, with a running machine.
+    fn running(platform: &FakePlatform) -> (Supervisor, Receiver<Message>) {
+        let config = VmConfig::builder("test", "/boot/vmlinuz").build();
+        let config = Arc::new(config.expect("the configuration is valid"));
+        let (sender, receiver) = channel();
+        let platform = Arc::new(platform.clone());
+        let mut supervisor = Supervisor::new(Arc::new(Shared::new()), platform, config, sender);
+        let start = Request {
+            kind: OperationKind::Start,
+            within: None,
+        };
+        drop(supervisor.request(start).expect("an off vm can be started"));
+        supervisor.handle(receiver.recv().expect("the worker reports"));
+        assert_eq!(supervisor.state, State::Running);
+        (supervisor, receiver)
+    }
+
+    fn shut_down(supervisor: &mut Supervisor, within: Duration) -> Operation {
+        let request = Request {
+            kind: OperationKind::ShutDown,
+            within: Some(within),
+        };
+        supervisor
+            .request(request)
+            .expect("a running vm can be shut down")
+    }
+
+    #[test]
+    fn a_guest_that_talks_all_the_time_does_not_put_its_deadline_off() {
+        let (mut supervisor, receiver) = running(&FakePlatform::default());
+        drop(shut_down(&mut supervisor, Duration::ZERO));
+        let unit = crate::ids::UnitName::new("rng").expect("a short name");
+        supervisor.mailbox().driver_ready(&unit, true);
+        let received = supervisor.receive(&receiver);
+        assert!(matches!(received, Err(RecvTimeoutError::Timeout)), "a message");
+    }
+
+    #[test]
+    fn a_guest_that_has_obeyed_has_no_deadline_any_more() {
+        let platform = FakePlatform::default();
+        platform.control().obey_button(true);
+        let (mut supervisor, receiver) = running(&platform);
+        let operation = shut_down(&mut supervisor, Duration::from_secs(3600));
+        supervisor.handle(receiver.recv().expect("the guest obeys"));
+        assert_eq!(supervisor.state, State::Stopping);
+        let deadline = supervisor.flight.as_ref().map(|flight| flight.deadline);
+        assert_eq!(deadline, Some(None), "the operation goes on, without a deadline");
+        supervisor.handle(receiver.recv().expect("the machine is torn down"));
+        assert!(operation.outcome().is_some_and(|outcome| outcome.is_done()));
     }
 }

@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::fake::FakePlatform;
 use super::operation::Outcome;
+use super::platform::Machine;
 use super::*;
 use crate::event::{EndCause, EventKind};
 use crate::unit::PowerRequest;
@@ -143,6 +144,60 @@ fn a_failed_start_leaves_the_vm_off_and_a_failed_reset_switches_it_off() {
             .starts_with("the vm could not be reset and was switched off: ")
     );
     assert!(vm.wait_for(State::Off, SOON));
+}
+
+/// A platform whose host devices have a defect.
+struct PanickingPlatform;
+
+impl Platform for PanickingPlatform {
+    fn check(&self, _config: &VmConfig) -> Result<(), BuildError> {
+        Ok(())
+    }
+
+    fn build(&self, _config: &VmConfig, _mailbox: Mailbox) -> Result<Arc<dyn Machine>, BuildError> {
+        panic!("the embedder's host devices panic")
+    }
+}
+
+#[test]
+fn a_panic_in_a_build_fails_the_start_and_the_vm_can_still_be_dropped() {
+    let vm = Vm::new(config(), Arc::new(PanickingPlatform)).expect("nothing is built yet");
+    let start = vm.start().expect("an off vm can be started");
+    let outcome = start.wait(SOON).expect("the panic ends the start");
+    let expected = "the vm could not be started: the thread that prepares the machine panicked";
+    assert_eq!(outcome.to_string(), expected);
+    assert_eq!(vm.state(), State::Off);
+}
+
+/// A platform whose host devices hold the last handle of their own VM.
+struct HoldingPlatform(std::sync::Mutex<std::sync::mpsc::Receiver<Vm>>);
+
+impl Platform for HoldingPlatform {
+    fn check(&self, _config: &VmConfig) -> Result<(), BuildError> {
+        Ok(())
+    }
+
+    fn build(&self, _config: &VmConfig, _mailbox: Mailbox) -> Result<Arc<dyn Machine>, BuildError> {
+        let handle = self.0.lock().expect("no panic while locked").recv();
+        drop(handle.expect("the test hands it over"));
+        let source = io::Error::from_raw_os_error(libc::ENOMEM);
+        Err(BuildError::Host {
+            what: "memory",
+            source,
+        })
+    }
+}
+
+#[test]
+fn the_last_handle_may_go_on_a_worker_of_its_own_vm() {
+    let (sender, receiver) = channel();
+    let platform = HoldingPlatform(std::sync::Mutex::new(receiver));
+    let vm = Vm::new(config(), Arc::new(platform)).expect("nothing is built yet");
+    let events = vm.events();
+    drop(vm.start().expect("an off vm can be started"));
+    sender.send(vm).expect("the worker waits for it");
+    while events.next(SOON).is_some() {}
+    assert!(events.is_closed(), "the vm is not gone");
 }
 
 #[test]

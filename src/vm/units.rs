@@ -26,6 +26,7 @@ use crate::vm::mailbox::Mailbox;
 use crate::vm::platform::{BuildError, DeviceStatus, Machine};
 
 /// A machine on KVM, as `builder.rs` makes it.
+#[allow(dead_code)] // some parts are only held, and undo themselves when they are dropped
 pub(super) struct KvmMachine {
     pub vcpus: Vec<Vcpu>,
     pub event_loop: EventLoop,
@@ -86,7 +87,7 @@ impl Machine for KvmMachine {
     }
 
     fn pause_units(&self, ticket: PauseTicket) {
-        // Devices before the clock: the guest's time ends when its last request has.
+        // In any order: the vCPUs stand, and what a device still completes is in no unit's time but the host's.
         self.all_units().for_each(|unit| unit.pause(ticket.clone()));
     }
 

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use super::base64;
 
 const READY: &str = "HARNESS-READY";
-const COMMAND_WITHIN: Duration = Duration::from_secs(60);
+const COMMAND_WITHIN: Duration = Duration::from_secs(300);
 
 /// What a command in the guest did.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -93,7 +93,7 @@ impl GuestShell {
         }
     }
 
-    /// Runs `command` with the guest's `sh` and waits up to a minute.
+    /// Runs `command` with the guest's `sh` and waits up to five minutes.
     pub fn run(&mut self, command: &str) -> Result<Output, ShellError> {
         self.run_within(command, COMMAND_WITHIN)
     }

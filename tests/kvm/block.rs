@@ -1,8 +1,11 @@
 //! Disks: what the guest writes is in the file, what is in the file the guest reads, over a reset too.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::process::Command;
 
 use libtest_mimic::Failed;
 use vm_lifecycle::config::DiskSpec;
@@ -38,44 +41,81 @@ fn pattern(length: u64) -> Vec<u8> {
 
 fn bytes_travel_both_ways() -> Result<(), Failed> {
     let folder = tempfile::tempdir()?;
-    let path = folder.path().join("disk.img");
-    let expected = pattern(8 * MIB);
-    File::create(&path)?.write_all(&expected)?;
-    File::options().write(true).open(&path)?.set_len(64 * MIB)?;
-    let disk = DiskSpec::new("data", &path);
-    let (guest, mut shell) = Guest::boot(small("bytes")?.cpus(2).disk(disk))?;
-    fs::write(folder.path().join("expected"), &expected)?;
-    let host_sum = sum(&folder.path().join("expected"))?;
-    let read = "dd if=/dev/vda bs=1M count=8 iflag=direct 2>/dev/null | md5sum | cut -d ' ' -f 1";
-    assert_eq!(shell.succeed(read)?, host_sum);
+    let (source, image, raw) = (
+        folder.path().join("source"),
+        folder.path().join("disk.img"),
+        folder.path().join("raw.img"),
+    );
+    fs::create_dir(&source)?;
+    fs::write(source.join("given"), pattern(8 * MIB))?;
+    fs::write(&raw, vec![0; MIB as usize])?;
+    run(
+        "mkfs.ext4",
+        &[
+            "-q".as_ref(),
+            "-d".as_ref(),
+            source.as_ref(),
+            image.as_ref(),
+            "64M".as_ref(),
+        ],
+    )?;
+    let builder = small("bytes")?
+        .cpus(2)
+        .disk(DiskSpec::new("data", &image))
+        .disk(DiskSpec::new("raw", &raw));
+    let (guest, mut shell) = Guest::boot(builder)?;
 
-    // The guest makes a file system with a file in it, and it survives a reset.
-    shell.succeed("mke2fs -q /dev/vda && mkdir /mnt && mount -t ext4 /dev/vda /mnt")?;
+    // What the host put into the file, the guest reads; what the guest writes survives a reset.
+    shell.succeed("mkdir -p /mnt && mount -t ext4 /dev/vda /mnt")?;
+    let given = shell.succeed("md5sum </mnt/given")?;
+    assert_eq!(given, sum(&source.join("given"))?);
     let written = shell.succeed("head -c 20000000 /dev/urandom >/mnt/file && sync && md5sum </mnt/file")?;
     shell.succeed("umount /mnt")?;
     done(guest.vm.reset())?;
     let again = shell.run_within(
-        "mkdir /mnt; mount -t ext4 /dev/vda /mnt && md5sum </mnt/file",
+        "mkdir -p /mnt; mount -t ext4 /dev/vda /mnt && md5sum </mnt/file",
         BOOT_WITHIN,
     )?;
     assert_eq!(again.text.trim(), written);
 
-    // Raw bytes, flushed, are in the file while the guest runs.
-    shell.succeed("umount /mnt; yes vm-lifecycle | dd of=/dev/vda bs=4096 seek=5000 count=100 iflag=fullblock oflag=direct conv=fsync 2>/dev/null")?;
+    // Flushed bytes are in the file while the guest runs.
+    shell.succeed(
+        "yes vm-lifecycle | dd of=/dev/vdb bs=4096 seek=50 count=100 iflag=fullblock oflag=direct conv=fsync",
+    )?;
     let mut bytes = vec![0; 13];
-    File::open(&path)?.read_exact_at(&mut bytes, 5000 * 4096)?;
+    File::open(&raw)?.read_exact_at(&mut bytes, 50 * 4096)?;
     assert_eq!(bytes, b"vm-lifecycle\n");
+
+    // And the file system that the guest leaves behind is whole, with the guest's bytes in it.
+    shell.succeed("umount /mnt")?;
+    done(guest.vm.shut_down(WITHIN))?;
+    run("e2fsck", &["-fn".as_ref(), image.as_ref()])?;
+    let dumped = folder.path().join("dumped");
+    let request = format!("dump /file {}", dumped.display());
+    run("debugfs", &["-R".as_ref(), request.as_ref(), image.as_ref()])?;
+    assert_eq!(sum(&dumped)?, written);
     Ok(())
 }
 
-fn sum(path: &std::path::Path) -> Result<String, Failed> {
-    let output = std::process::Command::new("md5sum").arg(path).output()?;
-    let text = String::from_utf8(output.stdout)?;
-    Ok(text
-        .split_whitespace()
-        .next()
-        .ok_or("md5sum says nothing")?
-        .to_owned())
+fn run(program: &str, arguments: &[&OsStr]) -> Result<String, Failed> {
+    // The tools of a file system are in places that only root's path has.
+    let output = Command::new(program)
+        .args(arguments)
+        .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
+        .output()?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    Err(format!("{program}: {}", String::from_utf8_lossy(&output.stderr)).into())
+}
+
+/// The checksum as `md5sum <FILE` prints it.
+fn sum(path: &Path) -> Result<String, Failed> {
+    let text = run("md5sum", &[path.as_ref()])?;
+    Ok(format!(
+        "{}  -",
+        text.split_whitespace().next().ok_or("md5sum says nothing")?
+    ))
 }
 
 fn a_disk_is_what_it_says() -> Result<(), Failed> {
@@ -89,7 +129,7 @@ fn a_disk_is_what_it_says() -> Result<(), Failed> {
         .disk(DiskSpec::new("fixed", &fixed).read_only(true));
     let (guest, mut shell) = Guest::boot(builder)?;
     assert_eq!(
-        shell.succeed("cat /sys/block/vda/serial /sys/block/vdb/serial")?,
+        shell.succeed("for d in vda vdb; do echo $(cat /sys/block/$d/serial); done")?,
         "data-1\nfixed"
     );
     assert_eq!(shell.succeed("cat /sys/block/vda/ro /sys/block/vdb/ro")?, "0\n1");

@@ -21,9 +21,9 @@ use crate::harness::guest_shell::GuestShell;
 use crate::harness::wait::Signal;
 
 /// Long enough for a boot on a busy machine; a test that waits this long has failed.
-pub const BOOT_WITHIN: Duration = Duration::from_secs(180);
+pub const BOOT_WITHIN: Duration = Duration::from_secs(300);
 /// Long enough for anything else.
-pub const WITHIN: Duration = Duration::from_secs(60);
+pub const WITHIN: Duration = Duration::from_secs(180);
 /// The command line that every test guest has.
 pub const CMDLINE: &str = "console=ttyS0 quiet loglevel=3 panic=-1 harness.modules=all";
 
@@ -139,8 +139,10 @@ impl Guest {
     /// Makes and starts the VM of `builder` and waits until its init serves commands.
     pub fn boot(builder: VmConfigBuilder) -> Result<(Self, GuestShell), Failed> {
         let guest = Self::start(builder)?;
-        let shell = guest.host.shell()?;
-        Ok((guest, shell))
+        match guest.host.shell() {
+            Ok(shell) => Ok((guest, shell)),
+            Err(error) => Err(format!("{error:?}\n{:#}", guest.vm.inspect()?).into()),
+        }
     }
 
     /// Waits for the end of the guest and tells its cause.

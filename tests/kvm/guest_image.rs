@@ -12,8 +12,8 @@ use crate::harness::qemu::{QemuGuest, QemuOptions};
 use crate::harness::resources::{self, Usage};
 use crate::harness::tap::Tap;
 
-const BOOT_WITHIN: Duration = Duration::from_secs(120);
-const END_WITHIN: Duration = Duration::from_secs(30);
+const BOOT_WITHIN: Duration = Duration::from_secs(300);
+const END_WITHIN: Duration = Duration::from_secs(180);
 
 /// The trials of this file.
 pub fn trials() -> Vec<Body> {

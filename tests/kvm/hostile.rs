@@ -7,6 +7,7 @@ use vm_lifecycle::state::State;
 
 use crate::Body;
 use crate::guest::{Guest, WITHIN, done, small};
+use crate::harness::guest_shell::GuestShell;
 
 /// The trials of this file.
 pub fn trials() -> Vec<Body> {
@@ -27,38 +28,8 @@ fn nonsense_everywhere_harms_nobody_else() -> Result<(), Failed> {
     let (guest, mut shell) = Guest::boot(small("hostile")?.disk(DiskSpec::new("data", &path)))?;
     shell.succeed("mknod /dev/port c 1 4; mknod /dev/mem c 1 1; test -c /dev/mem")?;
 
-    // Every port but those that reset or end the machine: keyboard controller, panic port, reset control.
-    shell.succeed(
-        "for port in $(seq 0 3 95) $(seq 256 3 1279) $(seq 1408 97 3200) 113 ; do \
-         dd if=/dev/urandom of=/dev/port bs=1 seek=$port count=1 conv=notrunc 2>/dev/null; \
-         dd if=/dev/port of=/dev/null bs=1 skip=$port count=1 2>/dev/null; done; true",
-    )?;
-
-    // The ACPI page but its sleep and reset registers, and all empty slots and windows.
-    shell.succeed(
-        "for a in 0xfea00000 0xfea00004 0xfea00010 0xfea00800 0xfea01000 0xfea01ffc 0xe0008000 0xe00f8ffc \
-         0xe0300000 0xcfffff00 0xc1000000; do for w in 8 16 32 64; do devmem $a $w >/dev/null; \
-         devmem $a $w 0xffffffffffffffff; devmem $a $w 0; done; done",
-    )?;
-
-    // The disk's registers and configuration space, without its driver.
-    shell.succeed(&format!("echo {DISK} >/sys/bus/pci/devices/{DISK}/driver/unbind"))?;
-    let bar = shell.succeed(&format!(
-        "head -n 1 /sys/bus/pci/devices/{DISK}/resource | cut -d ' ' -f 1"
-    ))?;
-    shell.succeed(&format!(
-        "echo 1 >/sys/bus/pci/devices/{DISK}/enable; for round in 1 2 3; do \
-         for o in $(seq 0 4 60) 4096 8192 8200 12288 12292 12300 $(seq 16384 4 16448) 20480 32764; do \
-         v=$(od -An -N4 -tu4 /dev/urandom); for w in 8 16 32; do \
-         devmem $(({bar} + o)) $w $((v % (1 << w))); devmem $(({bar} + o)) $w >/dev/null; done; done; \
-         for s in 1 3 11 15 4 0; do devmem $(({bar} + 20)) 8 $s; done; done"
-    ))?;
-    shell.succeed(&format!(
-        "for round in $(seq 20); do dd if=/dev/urandom of=/sys/bus/pci/devices/{DISK}/config bs=64 count=4 \
-         conv=notrunc 2>/dev/null; od /sys/bus/pci/devices/{DISK}/config >/dev/null; done; true"
-    ))?;
-
-    // A queue in the middle of nowhere: the device asks for a reset, and says so to the host too.
+    poke_platform(&mut shell)?;
+    poke_disk(&mut shell)?;
     shell.succeed(&format!(
         "echo 1 >/sys/bus/pci/devices/{DISK}/reset 2>/dev/null; true"
     ))?;
@@ -82,5 +53,51 @@ fn nonsense_everywhere_harms_nobody_else() -> Result<(), Failed> {
         .filter(|event| matches!(event.kind, EventKind::DeviceNeedsReset { .. }))
         .count();
     assert!(complaints > 0, "no device asked for a reset");
+    Ok(())
+}
+
+/// Nonsense into ports, the ACPI page, empty slots and windows.
+fn poke_platform(shell: &mut GuestShell) -> Result<(), Failed> {
+    // Every port but those that reset or end the machine: keyboard controller, panic port, reset control.
+    shell.succeed(
+        "for port in $(seq 0 3 95) $(seq 256 3 1279) $(seq 1408 97 3200) 113 ; do \
+         dd if=/dev/urandom of=/dev/port bs=1 seek=$port count=1 conv=notrunc 2>/dev/null; \
+         dd if=/dev/port of=/dev/null bs=1 skip=$port count=1 2>/dev/null; done; true",
+    )?;
+
+    // The ACPI page but its sleep and reset registers, and all empty slots and windows.
+    shell.succeed(
+        "for a in 0xfea00000 0xfea00004 0xfea00010 0xfea00800 0xfea01000 0xfea01ffc 0xe0008000 0xe00f8ffc \
+         0xe0300000 0xcfffff00 0xc1000000; do for w in 8 16 32 64; do devmem $a $w >/dev/null; \
+         devmem $a $w 0xffffffffffffffff; devmem $a $w 0; done; done",
+    )?;
+    Ok(())
+}
+
+/// Nonsense into the disk's registers and its configuration space.
+fn poke_disk(shell: &mut GuestShell) -> Result<(), Failed> {
+    // The disk's registers and configuration space, without its driver.
+    shell.succeed(&format!("echo {DISK} >/sys/bus/pci/devices/{DISK}/driver/unbind"))?;
+    let bar = shell.succeed(&format!(
+        "head -n 1 /sys/bus/pci/devices/{DISK}/resource | cut -d ' ' -f 1"
+    ))?;
+    shell.succeed(&format!(
+        "echo 1 >/sys/bus/pci/devices/{DISK}/enable; for round in 1 2 3; do \
+         for o in $(seq 0 4 60) 4096 8192 8200 12288 12292 12300 $(seq 16384 4 16448) 20480 32764; do \
+         v=$(od -An -N4 -tu4 /dev/urandom); for w in 8 16 32; do \
+         devmem $(({bar} + o)) $w $((v % (1 << w))); devmem $(({bar} + o)) $w >/dev/null; done; done; \
+         for s in 1 3 11 15 4 0; do devmem $(({bar} + 20)) 8 $s; done; done"
+    ))?;
+    // Queues in the middle of nowhere: the device asks for a reset, and says so to the host too. The registers are those
+    // of virtio 1.2 §4.1.4.3.
+    shell.succeed(&format!(
+        "w() {{ devmem $(({bar} + $1)) $2 $3; }}; w 20 8 0; w 20 8 3; w 8 32 1; w 12 32 1; w 20 8 11; w 22 16 0; \
+         w 32 32 0xfffff000; w 36 32 0xffff; w 40 32 0xffffe000; w 44 32 0xffff; w 48 32 0xffffd000; \
+         w 52 32 0xffff; w 28 16 1; w 20 8 15; s=$(devmem $(({bar} + 20)) 8); [ $((s & 64)) = 64 ]"
+    ))?;
+    shell.succeed(&format!(
+        "for round in $(seq 20); do dd if=/dev/urandom of=/sys/bus/pci/devices/{DISK}/config bs=64 count=4 \
+         conv=notrunc 2>/dev/null; od /sys/bus/pci/devices/{DISK}/config >/dev/null; done; true"
+    ))?;
     Ok(())
 }

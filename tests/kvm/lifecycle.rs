@@ -72,8 +72,16 @@ fn a_paused_guest_stands_still() -> Result<(), Failed> {
         after - before
     );
     let dmesg = shell.succeed("dmesg")?;
-    let complaints = ["rcu_sched", "rcu_preempt", "soft lockup", "clocksource: timekeeping watchdog"];
-    assert!(!complaints.iter().any(|complaint| dmesg.contains(complaint)), "{dmesg}");
+    let complaints = [
+        "rcu_sched",
+        "rcu_preempt",
+        "soft lockup",
+        "clocksource: timekeeping watchdog",
+    ];
+    assert!(
+        !complaints.iter().any(|complaint| dmesg.contains(complaint)),
+        "{dmesg}"
+    );
     Ok(())
 }
 
@@ -188,27 +196,35 @@ fn requests_are_refused_by_state() -> Result<(), Failed> {
     Ok(())
 }
 
+/// Brings a VM that is off into the moment in which its power is cut.
+struct Moment(fn(&Vm) -> Result<(), Failed>);
+
 fn power_can_be_cut_at_any_moment() -> Result<(), Failed> {
     let guest = Guest::make(small("cut")?.cpus(2))?;
     // While it is being built, while it boots, while it is being paused, while it is paused, while it is being reset.
-    let moments: [fn(&Vm) -> Result<(), Failed>; 5] = [
-        |vm| Ok(drop(vm.start()?)),
-        |vm| done(vm.start()),
-        |vm| {
+    let moments = [
+        Moment(|vm| {
+            let _ = vm.start()?;
+            Ok(())
+        }),
+        Moment(|vm| done(vm.start())),
+        Moment(|vm| {
             done(vm.start())?;
-            Ok(drop(vm.pause()?))
-        },
-        |vm| {
+            let _ = vm.pause()?;
+            Ok(())
+        }),
+        Moment(|vm| {
             done(vm.start())?;
             done(vm.pause())
-        },
-        |vm| {
+        }),
+        Moment(|vm| {
             done(vm.start())?;
-            Ok(drop(vm.reset()?))
-        },
+            let _ = vm.reset()?;
+            Ok(())
+        }),
     ];
     for moment in moments {
-        moment(&guest.vm)?;
+        (moment.0)(&guest.vm)?;
         done(guest.vm.power_off())?;
         assert_eq!(guest.end(WITHIN)?, EndCause::HostPowerOff);
         assert_eq!(guest.vm.state(), State::Off);

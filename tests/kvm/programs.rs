@@ -150,41 +150,49 @@ impl Vmm {
     }
 }
 
+/// Where the `vmm` of a test keeps what.
+struct Places {
+    folder: tempfile::TempDir,
+}
+
+impl Places {
+    fn path(&self, name: &str) -> String {
+        self.folder.path().join(name).to_string_lossy().into_owned()
+    }
+
+    /// Makes a VM in the directory `vm` with a read-only disk, and starts the program on it.
+    fn make_vm(&self) -> Result<Vmm, Failed> {
+        let kernel = GuestKernel::find(Flavour::Cloud)?;
+        fs::write(self.path("disk.img"), vec![0; 1 << 20])?;
+        let pairs = [
+            ("--state-dir", self.path("vm")),
+            ("--name", "web 1".to_owned()),
+            ("--kernel", kernel.elf.to_string_lossy().into_owned()),
+            ("--initrd", kernel.initramfs.to_string_lossy().into_owned()),
+            ("--cmdline", "console=ttyS0 quiet panic=-1".to_owned()),
+            ("--cpus", "2".to_owned()),
+            ("--memory", "256M".to_owned()),
+            (
+                "--disk",
+                format!("name=data,path={},readonly", self.path("disk.img")),
+            ),
+            ("--config-version", "1.0".to_owned()),
+            ("--console", self.path("console")),
+        ];
+        let words: Vec<&str> = pairs
+            .iter()
+            .flat_map(|(option, value)| [*option, value])
+            .collect();
+        Vmm::start(&words)
+    }
+}
+
 fn vmm_obeys_text_and_keeps_its_vm() -> Result<(), Failed> {
-    let kernel = GuestKernel::find(Flavour::Cloud)?;
-    let folder = tempfile::tempdir()?;
-    let text = |path: &Path| path.to_string_lossy().into_owned();
-    let (state, console, disk) = (
-        text(&folder.path().join("vm")),
-        text(&folder.path().join("console")),
-        folder.path().join("disk.img"),
-    );
-    fs::write(&disk, vec![0; 1 << 20])?;
-    let (elf, initrd) = (text(&kernel.elf), text(&kernel.initramfs));
-    let disk = format!("name=data,path={},readonly", text(&disk));
-    let cmdline = "console=ttyS0 quiet panic=-1";
-    let mut vmm = Vmm::start(&[
-        "--state-dir",
-        &state,
-        "--name",
-        "web 1",
-        "--kernel",
-        &elf,
-        "--initrd",
-        &initrd,
-        "--cmdline",
-        cmdline,
-        "--cpus",
-        "2",
-        "--memory",
-        "256M",
-        "--disk",
-        &disk,
-        "--config-version",
-        "1.0",
-        "--console",
-        &console,
-    ])?;
+    let places = Places {
+        folder: tempfile::tempdir()?,
+    };
+    let (state, console) = (places.path("vm"), places.path("console"));
+    let mut vmm = places.make_vm()?;
     let status = vmm.accept("status")?;
     assert_eq!(
         (&status["state"], &status["operation"], &status["name"]),
@@ -245,28 +253,28 @@ fn vmm_obeys_text_and_keeps_its_vm() -> Result<(), Failed> {
 
 fn vmm_names_what_is_wrong() -> Result<(), Failed> {
     let kernel = GuestKernel::find(Flavour::Cloud)?;
-    let folder = tempfile::tempdir()?;
-    let path = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
-    fs::write(path("text"), "not a kernel at all")?;
-    fs::write(path("odd"), vec![0; 700])?;
-    fs::write(path("empty"), "")?;
-    fs::write(path("disk"), vec![0; 4096])?;
     let elf = kernel.elf.to_string_lossy().into_owned();
-    let disk = |name: &str| format!("name=d,path={}", path(name));
+    let places = Places {
+        folder: tempfile::tempdir()?,
+    };
+    fs::write(places.path("text"), "not a kernel at all")?;
+    fs::write(places.path("odd"), vec![0; 700])?;
+    fs::write(places.path("empty"), "")?;
+    fs::write(places.path("disk"), vec![0; 4096])?;
     let long = "x".repeat(3000);
     let cases: Vec<(Vec<&str>, &str)> = vec![
         (vec!["--kernel", "/nowhere"], "/nowhere"),
         (vec!["--kernel", "text"], "not a kernel"),
-        (vec!["--memory", "64M"], "67108864"),
-        (vec!["--memory", "100000G"], "exceeds"),
+        (vec!["--memory", "32M"], "below the minimum 64 MiB"),
+        (vec!["--memory", "1000G"], "exceeds the host's memory"),
         (vec!["--memory", "200000K"], "multiple"),
         (vec!["--cmdline", &long], "3000"),
-        (vec!["--cpus", "0"], "0"),
-        (vec!["--cpus", "1000"], "1000"),
+        (vec!["--cpus", "0"], "from 1 to 64"),
+        (vec!["--cpus", "1000"], "1000 vcpus"),
         (vec!["--disk", "absent"], "absent"),
         (vec!["--disk", "empty"], "empty"),
         (vec!["--disk", "odd"], "512"),
-        (vec!["--disk", "disk", "--disk", "disk"], "d"),
+        (vec!["--disk", "disk", "--disk", "disk"], "two disks are called d"),
         (vec!["--nic", "name=n,tap=nosuchtap"], "nosuchtap"),
         (vec!["--nic", "name=n,tap=lo"], "lo"),
         (vec!["--nic", "name=n,tap=t,mac=ff:ff:ff:ff:ff:ff"], "multicast"),
@@ -284,37 +292,34 @@ fn vmm_names_what_is_wrong() -> Result<(), Failed> {
         ),
     ];
     for (words, expected) in cases {
-        let mut arguments = vec![
-            "--state-dir".to_owned(),
-            path("vm"),
-            "--name".to_owned(),
-            "n".to_owned(),
-        ];
-        if words[0] != "--kernel" {
-            arguments.extend(["--kernel".to_owned(), elf.clone()]);
-        }
-        for pair in words.chunks(2) {
-            let value = match pair {
-                ["--disk", name] => disk(name),
-                ["--kernel", "text"] => path("text"),
-                [_, value] => (*value).to_owned(),
-                _ => return Err("options come in pairs".into()),
-            };
-            arguments.extend([pair[0].to_owned(), value]);
-        }
-        let output = Command::new(example("vmm")?)
-            .args(&arguments)
-            .stdin(Stdio::null())
-            .output()?;
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(
-            !output.status.success() && said.contains(expected),
-            "{words:?} says {said:?}"
-        );
-        assert!(
-            !folder.path().join("vm").exists(),
-            "{words:?} left something behind"
-        );
+        refused(&places, &elf, &words, expected)?;
     }
+    Ok(())
+}
+
+/// Asks for a VM with these options, which must be refused with `expected` in the reason and leave nothing behind.
+fn refused(places: &Places, elf: &str, words: &[&str], expected: &str) -> Result<(), Failed> {
+    let mut command = Command::new(example("vmm")?);
+    command.args(["--state-dir", &places.path("vm"), "--name", "n"]);
+    if words[0] != "--kernel" {
+        command.args(["--kernel", elf]);
+    }
+    for pair in words.chunks(2) {
+        let value = match pair {
+            ["--disk", name] => format!("name=d,path={}", places.path(name)),
+            ["--kernel", "text"] => places.path("text"),
+            [_, value] => (*value).to_owned(),
+            _ => return Err("options come in pairs".into()),
+        };
+        command.args([pair[0], &value]);
+    }
+    let output = command.stdin(Stdio::null()).output()?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        !output.status.success() && said.contains(expected),
+        "{words:?} says {said:?}"
+    );
+    let left = Path::new(&places.path("vm")).exists();
+    assert!(!left, "{words:?} left something behind");
     Ok(())
 }

@@ -1,11 +1,16 @@
 //! `cargo xtask bench`: the benchmarks, with real guests. Reports are left in `target/out/criterion`.
 
+use std::time::Duration;
+
 use crate::cargo;
 use crate::failure::Failure;
 use crate::guests;
 use crate::paths::Paths;
 use crate::progress::step;
 use crate::sequence;
+
+/// For all benchmarks together.
+const TIME_LIMIT: Duration = Duration::from_secs(2 * 3600);
 
 /// Builds all benchmarks, or the one named, and runs them where KVM is real.
 pub fn run(paths: &Paths, options: &[String], arguments: &[String]) -> Result<i32, Failure> {
@@ -34,6 +39,7 @@ pub fn run(paths: &Paths, options: &[String], arguments: &[String]) -> Result<i3
     guests::ensure(paths)?;
     let reports = paths.out.join("criterion").to_string_lossy().to_string();
     step("benchmarks", || {
-        sequence::run(paths, &programs, &[("CRITERION_HOME", reports)])
+        let extra = [("CRITERION_HOME", reports)];
+        sequence::run(paths, &programs, &extra, TIME_LIMIT).map(|(status, _)| status)
     })
 }

@@ -9,20 +9,14 @@ use crate::progress::step;
 
 /// Builds the example and runs it where KVM is real; its output is the demonstration.
 pub fn run(paths: &Paths, arguments: &[String]) -> Result<i32, Failure> {
-    let exists = ["examples/demo.rs", "examples/demo/main.rs"]
-        .iter()
-        .any(|file| paths.root.join(file).exists());
-    if !exists {
-        return Err(Failure::new("there is no example `demo`"));
-    }
     let built = step("build the demo", || {
-        cargo::executables(paths, &["build", "--release", "--example", "demo"])
+        cargo::executables(paths, &["build", "--example", "demo"])
     })?;
     let demo = built
         .iter()
         .find(|built| built.kind == "example" && built.name == "demo");
     let demo = demo.ok_or_else(|| Failure::new("cargo built no example `demo`"))?;
-    guests::ensure(paths)?;
+    guests::kernels(paths)?;
     let mut words = vec![demo.path.to_string_lossy().to_string()];
     words.extend_from_slice(arguments);
     step("demo", || host::run(paths, words, &[]))

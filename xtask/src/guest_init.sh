@@ -76,7 +76,7 @@ fi
 await_acpid() {
     tries=0
     while [ -n "$acpid" ] && [ $tries -lt 3000 ]; do
-        readlink /proc/$acpid/fd/* 2>/dev/null | grep -q /dev/input/event && return
+        ls -l /proc/$acpid/fd 2>/dev/null | grep -q /dev/input/event && return
         tries=$((tries + 1))
         sleep 0.02
     done

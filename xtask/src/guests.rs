@@ -11,6 +11,15 @@ use crate::progress::step;
 
 /// Fetches and builds what is missing or out of date.
 pub fn ensure(paths: &Paths) -> Result<(), Failure> {
+    kernels(paths)?;
+    step("Debian's disk for guests", || {
+        let _lock = images::lock(paths)?;
+        debian_image::ensure(paths).map(drop)
+    })
+}
+
+/// The same for the kernels and their initial file systems only, which need no more than a minute.
+pub fn kernels(paths: &Paths) -> Result<(), Failure> {
     packages::ensure(packages::GUESTS)?;
     step(&format!("guests in {}", paths.guests.display()), || {
         let _lock = images::lock(paths)?;
@@ -18,6 +27,6 @@ pub fn ensure(paths: &Paths) -> Result<(), Failure> {
             let kernel = Kernel::ensure(paths, flavour)?;
             guest_image::ensure(paths, &kernel)?;
         }
-        debian_image::ensure(paths).map(drop)
+        Ok(())
     })
 }

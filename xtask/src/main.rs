@@ -35,8 +35,10 @@ mod process;
 mod progress;
 mod qemu;
 mod sequence;
+mod tally;
 mod test;
 mod test_host;
+mod watched;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -46,9 +48,10 @@ use crate::paths::Paths;
 
 const USAGE: &str = "usage:
   cargo xtask host -- CMD…     run a command where KVM is real
-  cargo xtask test [--kvm-only] [--fuzz-seconds N] [-- FILTER…]
-                               format, lints, tests, tests and examples on real KVM, fuzz targets;
-                               with --kvm-only or arguments for the KVM tests: only those
+  cargo xtask test [--kvm-only] [--fuzz-seconds N] [--time-limit MINUTES] [-- FILTER…]
+                               format, lints, documentation, tests, tests and demo on real KVM, fuzz
+                               targets; --kvm-only leaves the rest out, a filter also the demo;
+                               what runs on real KVM is killed after 40 minutes, or as many as given
   cargo xtask bench [NAME] [-- ARGUMENTS…]
                                all benchmarks or one, on real KVM
   cargo xtask demo [-- ARGUMENTS…]
@@ -72,7 +75,10 @@ fn dispatch(words: &[String]) -> Result<i32, Failure> {
     let (options, arguments) = split_at_dashes(rest);
     match name.as_str() {
         "host" if options.is_empty() => host::run(&Paths::find()?, arguments.to_vec(), &[]),
-        "test" => test::run(&Paths::find()?, &test::Options::parse(options, arguments)?),
+        "test" => Ok(test::run(
+            &Paths::find()?,
+            &test::Options::parse(options, arguments)?,
+        )),
         "bench" => bench::run(&Paths::find()?, options, arguments),
         "demo" if options.is_empty() => demo::run(&Paths::find()?, arguments),
         "guests" if rest.is_empty() => guests::ensure(&Paths::find()?).map(|()| 0),

@@ -70,6 +70,8 @@ pub enum VcpuExitReason {
     MemoryFault { address: u64 },
     /// An exit for which there is no use here.
     Unsupported { exit: String },
+    /// A device that the vCPU called, or the embedder's code behind it, panicked.
+    Panicked,
     /// `KVM_RUN`, or the reset before it, failed.
     Host { errno: i32 },
 }
@@ -84,6 +86,7 @@ impl fmt::Display for VcpuExitReason {
             Self::FailEntry { reason } => write!(f, "the processor refused the entry, reason {reason:#x}"),
             Self::MemoryFault { address } => write!(f, "the memory at {address:#x} cannot be had"),
             Self::Unsupported { exit } => write!(f, "unsupported exit {exit}"),
+            Self::Panicked => f.write_str("a device that it called panicked"),
             Self::Host { errno } => write!(f, "{}", io::Error::from_raw_os_error(*errno)),
         }
     }

@@ -115,6 +115,7 @@ impl Machine {
 const COUNTER: [u8; 8] = [0xBA, 0x00, 0x01, 0xFE, 0xC0, 0xEE, 0xEB, 0xFB];
 
 #[test]
+#[ignore = "needs /dev/kvm"]
 fn accesses_reach_the_buses_element_by_element() {
     let code = [
         0xBA, 0x04, 0x01, // mov dx, 0x104
@@ -140,7 +141,36 @@ fn accesses_reach_the_buses_element_by_element() {
     assert_eq!(read, [0x44, 0x44, 0x44, 0]);
 }
 
+struct Panicking;
+
+impl BusDevice for Panicking {
+    fn read(&self, _offset: u64, _data: &mut [u8]) {}
+
+    fn write(&self, _offset: u64, _data: &[u8]) {
+        panic!("a device with a defect");
+    }
+}
+
 #[test]
+#[ignore = "needs /dev/kvm"]
+fn a_device_that_panics_ends_the_vcpu_and_not_its_thread() {
+    let code = [
+        0xBA, 0x00, 0x02, // mov dx, 0x200
+        0xEE, // out dx, al
+        0xEB, 0xFE, // jmp to itself
+    ];
+    let machine = machine(1, &code);
+    let vcpu = &machine.vcpus[0];
+    let claim = vcpu.shared.buses.pio.claim(0x200, 1, Arc::new(Panicking));
+    let _claim = claim.expect("the port is free");
+    vcpu.run();
+    assert_eq!(machine.hear(), Heard::Exited(0, VcpuExitReason::Panicked));
+    vcpu.park();
+    assert_eq!(machine.hear(), Heard::Parked(0));
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
 fn memory_mapped_accesses_reach_the_device() {
     let code = [
         0x66, 0x67, 0xA1, 0x02, 0x00, 0x00, 0xD0, // mov eax, [0xd0000002], with a 32-bit address
@@ -161,6 +191,7 @@ fn memory_mapped_accesses_reach_the_device() {
 }
 
 #[test]
+#[ignore = "needs /dev/kvm"]
 fn a_parked_vcpu_goes_on_where_it_was() {
     let machine = machine(1, &COUNTER);
     let vcpu = &machine.vcpus[0];
@@ -187,6 +218,7 @@ fn a_parked_vcpu_goes_on_where_it_was() {
 }
 
 #[test]
+#[ignore = "needs /dev/kvm"]
 fn each_park_is_answered_while_the_vcpu_waits() {
     let machine = machine(2, &COUNTER);
     for vcpu in &machine.vcpus {
@@ -198,6 +230,7 @@ fn each_park_is_answered_while_the_vcpu_waits() {
 }
 
 #[test]
+#[ignore = "needs /dev/kvm"]
 fn a_vcpu_that_waits_for_its_start_can_be_parked() {
     let machine = machine(2, &COUNTER);
     machine.vcpus[1].run();
@@ -206,6 +239,7 @@ fn a_vcpu_that_waits_for_its_start_can_be_parked() {
 }
 
 #[test]
+#[ignore = "needs /dev/kvm"]
 fn a_running_vcpu_is_not_saved() {
     let machine = machine(1, &COUNTER);
     machine.vcpus[0].run();
@@ -215,6 +249,7 @@ fn a_running_vcpu_is_not_saved() {
 }
 
 #[test]
+#[ignore = "needs /dev/kvm"]
 fn a_vcpu_that_cannot_go_on_is_told_and_runs_again_after_a_reset() {
     // ud2 in protected mode without an interrupt table: a triple fault. A KVM that interprets guests may give up
     // before it gets there.
@@ -246,6 +281,7 @@ fn a_vcpu_that_cannot_go_on_is_told_and_runs_again_after_a_reset() {
 }
 
 #[test]
+#[ignore = "needs /dev/kvm"]
 fn a_saved_vcpu_goes_on_in_another_vm() {
     let first = machine(1, &COUNTER);
     first.vcpus[0].run();
@@ -277,6 +313,7 @@ fn a_saved_vcpu_goes_on_in_another_vm() {
 }
 
 #[test]
+#[ignore = "needs /dev/kvm"]
 fn a_saved_state_that_cannot_be_is_refused() {
     let machine = machine(2, &COUNTER);
     let section = machine.vcpus[0].save().expect("it waits");

@@ -5,6 +5,7 @@
 //! the guest or belongs to a command that was taken already.
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -33,7 +34,7 @@ pub(super) struct Shared {
     page: RunPage,
     control: Mutex<Control>,
     commanded: Condvar,
-    buses: Buses,
+    pub(super) buses: Buses,
     listener: Arc<dyn VcpuListener>,
     log: GuestLog,
 }
@@ -174,7 +175,14 @@ fn obey(shared: &Shared) {
                 shared.control().in_guest = None;
                 Some(VcpuExitReason::Host { errno })
             }
-            (Command::Run, None) => shared.run_guest(obeyed),
+            (Command::Run, None) => {
+                // Devices call the embedder's code here. A thread that a panic ends would leave its VM waiting for a
+                // park; nothing of the vCPU is looked at again before a reset.
+                catch_unwind(AssertUnwindSafe(|| shared.run_guest(obeyed))).unwrap_or_else(|_| {
+                    shared.control().in_guest = None;
+                    Some(VcpuExitReason::Panicked)
+                })
+            }
         };
         if let Some(reason) = reason {
             shared.listener.exited(shared.index, reason);

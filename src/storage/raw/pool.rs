@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::job::{Job, Step};
 use super::{REQUESTS_MAX, notify};
+use crate::guest_log::GuestLog;
 use crate::storage::backend::DiskCompletion;
 
 /// Threads of one disk.
@@ -25,6 +26,8 @@ const STACK_BYTES: usize = 64 << 10;
 /// A pool of threads for one disk.
 pub(super) struct PoolEngine {
     shared: Arc<Shared>,
+    /// The guest decides how often a thread is wanted.
+    log: GuestLog,
 }
 
 struct Shared {
@@ -52,6 +55,7 @@ impl PoolEngine {
                 work: Condvar::new(),
                 completion,
             }),
+            log: GuestLog::new("disk"),
         }
     }
 
@@ -82,6 +86,7 @@ impl PoolEngine {
             match spawned {
                 Ok(_) => state.thread_count += 1,
                 Err(error) => {
+                    self.log.warn(format_args!("cannot start a thread: {error}"));
                     state.spawn_failed(&error);
                     break;
                 }
@@ -132,7 +137,6 @@ impl State {
 
     /// Without any thread nobody would ever answer: the jobs end with the host's error.
     fn spawn_failed(&mut self, error: &io::Error) {
-        log::warn!("disk: cannot start a thread: {error}");
         if self.thread_count > 0 {
             return;
         }

@@ -9,6 +9,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::guest_log::GuestLog;
 use crate::net::NetBackend;
 
 /// How many ready descriptors one look takes; the others are still ready at the next.
@@ -34,6 +35,8 @@ pub(super) struct Watch {
     again: EventFd,
     /// What the epoll descriptor holds for each pair, and for `again` behind them.
     armed: Vec<EventSet>,
+    /// The guest decides how often something else is waited for.
+    log: GuestLog,
 }
 
 impl Watch {
@@ -46,6 +49,7 @@ impl Watch {
             epoll: Epoll::new()?,
             again: EventFd::new(EFD_NONBLOCK)?,
             armed: vec![EventSet::empty(); usize::from(pair_count) + 1],
+            log: GuestLog::new("network card"),
         })
     }
 
@@ -91,7 +95,9 @@ impl Watch {
         let event = EpollEvent::new(wanted, index as u64);
         match self.epoll.ctl(operation, fd, event) {
             Ok(()) => self.armed[index] = wanted,
-            Err(error) => log::error!("network card: cannot watch descriptor {fd}: {error}"),
+            Err(error) => self
+                .log
+                .warn(format_args!("cannot watch descriptor {fd}: {error}")),
         }
     }
 

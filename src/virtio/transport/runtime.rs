@@ -230,8 +230,9 @@ impl Shared {
                     generation: core.generation,
                 });
             }
-            // The loop ends with the VM: nobody will miss this device.
-            Err(error) => log::warn!("{}: {error}", self.name),
+            // A driver that outran the loop hears nothing before it resets the device once more; a loop that has
+            // ended is one whose VM ends.
+            Err(error) => self.log.warn(format_args!("the device is not served: {error}")),
         }
     }
 

@@ -10,6 +10,7 @@
 //! vCPUs are parked before units are paused, so that no kick arrives behind a paused unit's back; units are resumed
 //! before vCPUs run, so that every interrupt is in place when the guest looks.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -28,11 +29,8 @@ pub fn start(vm: &mut Supervisor) {
     vm.step(Trigger::Start);
     let mailbox = vm.new_generation();
     let (platform, config) = (vm.platform.clone(), vm.config.clone());
-    let work = move || {
-        let built = platform.build(&config, mailbox.clone());
-        mailbox.report(Report::Built(built));
-    };
-    if let Err(error) = spawn(vm, "vm-build", work) {
+    let work = move || Report::Built(platform.build(&config, mailbox));
+    if let Err(error) = spawn(vm, "vm-build", work, Report::Built(Err(BuildError::Panicked))) {
         fail_start(
             vm,
             OperationError::Thread {
@@ -172,9 +170,8 @@ pub fn units_quiet(vm: &mut Supervisor) {
     if halt.reset.is_none() {
         return stand(vm);
     }
-    let mailbox = vm.mailbox();
-    let work = move || mailbox.report(Report::ResetDone(machine.reset()));
-    if let Err(source) = spawn(vm, "vm-reset", work) {
+    let work = move || Report::ResetDone(machine.reset());
+    if let Err(source) = spawn(vm, "vm-reset", work, Report::ResetDone(Err(BuildError::Panicked))) {
         fail_reset(
             vm,
             OperationError::Thread {
@@ -238,10 +235,16 @@ fn end(vm: &mut Supervisor, trigger: Trigger, cause: EndCause) {
         return;
     }
     vm.end_cause = Some(cause);
-    match vm.in_flight() {
-        Some(OperationKind::PowerOff) | None => {}
-        // The guest did what it was asked to.
-        Some(OperationKind::ShutDown) if vm.end_cause == Some(EndCause::GuestPowerOff) => {}
+    match &mut vm.flight {
+        None => {}
+        Some(flight) if flight.operation.kind() == OperationKind::PowerOff => {}
+        // The guest did what it was asked to, in time: the rest is not its doing.
+        Some(flight)
+            if flight.operation.kind() == OperationKind::ShutDown
+                && vm.end_cause == Some(EndCause::GuestPowerOff) =>
+        {
+            flight.deadline = None;
+        }
         Some(_) => vm.end_flight(Outcome::Overtaken {
             by: "the end of the guest",
         }),
@@ -257,21 +260,15 @@ fn tear_down(vm: &mut Supervisor) {
     let Some(machine) = vm.machine.take() else {
         return torn_down(vm);
     };
-    let mailbox = vm.mailbox();
-    let job = machine.clone();
+    // The worker alone holds the machine: letting go of it waits for threads, which the supervisor must not do.
     let work = move || {
-        job.tear_down();
-        drop(job);
-        mailbox.report(Report::TornDown);
+        machine.tear_down();
+        drop(machine);
+        Report::TornDown
     };
-    match spawn(vm, "vm-teardown", work) {
-        Ok(()) => drop(machine),
-        // Without a thread the supervisor does it itself: slower, but the VM ends.
-        Err(_) => {
-            machine.tear_down();
-            drop(machine);
-            torn_down(vm);
-        }
+    // Without a thread the machine goes here, with the closure: slower, but the VM ends.
+    if spawn(vm, "vm-teardown", work, Report::TornDown).is_err() {
+        torn_down(vm);
     }
 }
 
@@ -285,7 +282,21 @@ pub fn torn_down(vm: &mut Supervisor) {
     vm.end_flight(Outcome::Done);
 }
 
-fn spawn(vm: &mut Supervisor, name: &str, work: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+/// Starts a worker that sends the report of `work`, or `panicked` if it panics: it runs code of the embedder's, and
+/// the supervisor waits for a report.
+fn spawn(
+    vm: &mut Supervisor,
+    name: &str,
+    work: impl FnOnce() -> Report + Send + 'static,
+    panicked: Report,
+) -> std::io::Result<()> {
+    let mailbox = vm.mailbox();
+    let shared = vm.shared.clone();
+    let work = move || {
+        shared.own_thread();
+        // What the panic left half done is not looked at again: the machine is torn down.
+        mailbox.report(catch_unwind(AssertUnwindSafe(work)).unwrap_or(panicked));
+    };
     vm.worker = Some(std::thread::Builder::new().name(name.to_owned()).spawn(work)?);
     Ok(())
 }

@@ -1,0 +1,13 @@
+//! The steps of the tour, each in a file of its own. A step prints and checks; it returns an error only when it cannot
+//! go on.
+
+pub mod clean_up;
+pub mod disk;
+pub mod ends;
+pub mod look;
+pub mod make;
+pub mod network;
+pub mod pause;
+pub mod power_button;
+pub mod reset;
+pub mod start;
