@@ -23,13 +23,20 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let initrd = words.next().ok_or(usage)?;
     let count: usize = words.next().ok_or(usage)?.parse()?;
 
-    // The first VM of a process makes what all later ones share: counted before is what one VM leaves behind.
+    // The first VM of a process makes what all later ones share: counted before is what one VM leaves behind, once the
+    // main thread is alone again.
     drop(start(&kernel, &initrd, 0)?);
-    let before = counts()?;
+    let before = settled(|[threads, ..]| threads == 1)?;
+    let inheritable = inheritable_count()?;
     let vms = (0..count)
         .map(|index| start(&kernel, &initrd, index))
         .collect::<Result<Vec<_>, _>>()?;
     println!("{count} guests run: {}", describe(counts()?));
+    // One each is not ours to close on exec: the event manager's own.
+    assert!(
+        inheritable_count()? <= inheritable + count,
+        "a child would inherit descriptors of the guests"
+    );
 
     // Every second guest is awaited, every other one is cut off in the middle of whatever it does.
     for vm in vms.iter().step_by(2) {
@@ -43,17 +50,17 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     drop(vms);
 
-    let after = settled(before)?;
+    let after = settled(|now| now == before)?;
     println!("their handles are dropped: {}", describe(after));
     assert_eq!(before, after, "threads, descriptors or mappings are left behind");
     Ok(())
 }
 
-/// The counts once they are as before, or as they are after a while: a thread leaves the list shortly after its work.
-fn settled(before: [usize; 3]) -> Result<[usize; 3], std::io::Error> {
+/// The counts once they are as wanted, or as they are after a while: a thread leaves the list shortly after its work.
+fn settled(wanted: impl Fn([usize; 3]) -> bool) -> Result<[usize; 3], std::io::Error> {
     for _ in 0..1000 {
         let now = counts()?;
-        if now == before {
+        if wanted(now) {
             return Ok(now);
         }
         std::thread::sleep(Duration::from_millis(10));
@@ -86,6 +93,22 @@ fn counts() -> Result<[usize; 3], std::io::Error> {
         entries("/proc/self/fd")?,
         guest_maps.count(),
     ])
+}
+
+/// The descriptors that a child process would inherit: those without `O_CLOEXEC` among their flags (proc(5)).
+fn inheritable_count() -> Result<usize, std::io::Error> {
+    let mut count = 0;
+    for entry in fs::read_dir("/proc/self/fdinfo")? {
+        let Ok(info) = fs::read_to_string(entry?.path()) else {
+            continue;
+        };
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+        let flags = flags
+            .and_then(|flags| u32::from_str_radix(flags.trim(), 8).ok())
+            .unwrap_or(0);
+        count += usize::from(flags & 0o2_000_000 == 0);
+    }
+    Ok(count)
 }
 
 fn describe([threads, descriptors, mappings]: [usize; 3]) -> String {

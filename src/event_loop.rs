@@ -214,7 +214,7 @@ mod tests {
     use std::sync::mpsc::{Sender, channel};
 
     use std::os::fd::AsRawFd;
-    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+    use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
     use super::*;
 
@@ -238,7 +238,7 @@ mod tests {
     fn a_handler_hears_its_descriptor_until_it_is_removed() {
         let event_loop = EventLoop::start("test-loop").expect("the host has epoll");
         let (sender, receiver) = channel();
-        let fd = EventFd::new(EFD_NONBLOCK).expect("the host has eventfds");
+        let fd = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).expect("the host has eventfds");
         let kick = fd.try_clone().expect("descriptors are free");
         let source = Source {
             fd: fd.as_raw_fd(),
@@ -268,7 +268,7 @@ mod tests {
         handle.run_once(stuck).expect("the loop runs");
         let (sender, _receiver) = channel();
         let handler = Arc::new(Tell {
-            fd: EventFd::new(EFD_NONBLOCK).expect("the host has eventfds"),
+            fd: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).expect("the host has eventfds"),
             sender: Mutex::new(sender),
         });
         let register = || handle.register(Vec::new(), handler.clone());

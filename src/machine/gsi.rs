@@ -12,7 +12,7 @@ use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, kvm_irq_routing_entry,
     kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip, kvm_irq_routing_msi,
 };
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::HostVm;
 use crate::memory::layout::IOAPIC_PIN_COUNT;
@@ -238,7 +238,7 @@ impl Drop for IrqLine {
 }
 
 fn new_eventfd(gsi: u32) -> Result<EventFd, GsiError> {
-    EventFd::new(EFD_NONBLOCK).map_err(|source| GsiError::Host {
+    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|source| GsiError::Host {
         what: "an eventfd",
         gsi,
         source,

@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 
 use serde_json::{Value, json};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::SECTOR_BYTES;
 use super::backend::{DiskBackend, DiskCompletion, DiskFull, DiskOperation, DiskProperties, DiskRequest};
@@ -39,7 +39,7 @@ impl MemoryDisk {
                 write_zeroes: true,
             },
             completions: Vec::new(),
-            completion: EventFd::new(EFD_NONBLOCK)?,
+            completion: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
         })
     }
 

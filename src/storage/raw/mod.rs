@@ -28,7 +28,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::backend::{DiskBackend, DiskCompletion, DiskFull, DiskProperties, DiskRequest};
 use job::Job;
@@ -83,7 +83,8 @@ impl RawDisk {
             let path = config.path.clone();
             move |source| OpenError::Host { what, path, source }
         };
-        let completion = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(host("make an eventfd for"))?);
+        let completion =
+            Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(host("make an eventfd for"))?);
         let uring = match config.engine {
             RawEngine::ThreadPool => None,
             RawEngine::IoUring => Some(UringEngine::new(&completion).map_err(host("use io_uring for"))?),

@@ -359,7 +359,7 @@ fn memory_outlives_a_dropped_disk_until_the_kernel_is_done() {
     // Stands for a stuck disk: a read of an empty pipe begins and does not end.
     let mut stuck = Image::open(file.path(), false).expect("a good image");
     stuck.file = File::from(OwnedFd::from(read_end));
-    let completion = Arc::new(EventFd::new(EFD_NONBLOCK).expect("the host has eventfds"));
+    let completion = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).expect("the host has eventfds"));
     let mut engine = UringEngine::new(&completion).expect("the host has io_uring");
     let memory = guest_memory(4096);
     let buffers = GuestBuffers::new(memory.clone(), [(GuestAddress(0), 512)]).expect("in memory");

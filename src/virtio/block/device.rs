@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 use virtio_queue::{DescriptorChain, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::config::{ConfigSpace, QUEUE_SIZE, features};
 use super::request::{Disk, ID_BYTES, Plan, Request, Status};
@@ -101,7 +101,7 @@ impl Block {
             disk: Disk { properties, id },
             queue_count,
             config: ConfigSpace::new(&properties, queue_count),
-            again: EventFd::new(EFD_NONBLOCK)?,
+            again: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             log: GuestLog::new(format!("disk {name}")),
             counters: Counters::default(),
             queues: Vec::new(),

@@ -11,7 +11,7 @@ use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Block;
 use crate::ids::DiskName;
@@ -335,7 +335,7 @@ impl HeldDisk {
     pub(super) fn new(room: usize) -> (Self, Hand) {
         let disk = MemoryDisk::new(2048).expect("the host has eventfds");
         let properties = disk.properties();
-        let completion = EventFd::new(EFD_NONBLOCK).expect("the host has eventfds");
+        let completion = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).expect("the host has eventfds");
         let fd = completion.as_raw_fd();
         let held = Arc::new(Mutex::new(Held {
             disk,

@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::ids::PortName;
 
@@ -85,7 +85,7 @@ impl Door {
         Ok(Self {
             waiting: Mutex::new(names.iter().map(|_| None).collect()),
             names,
-            bell: EventFd::new(EFD_NONBLOCK)?,
+            bell: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
         })
     }
 

@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::guest_log::GuestLog;
 use crate::net::NetBackend;
@@ -47,7 +47,7 @@ impl Watch {
     pub(super) fn new(pair_count: u16) -> io::Result<Self> {
         Ok(Self {
             epoll: Epoll::new()?,
-            again: EventFd::new(EFD_NONBLOCK)?,
+            again: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             armed: vec![EventSet::empty(); usize::from(pair_count) + 1],
             log: GuestLog::new("network card"),
         })

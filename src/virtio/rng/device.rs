@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{GuestMemory, GuestMemoryMmap, Permissions, ReadVolatile};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::unit::{RestoreError, SaveError};
 use crate::virtio::device::{Activation, DeviceEvent, DeviceFault, DeviceType, VirtioDevice};
@@ -51,7 +51,7 @@ impl Rng {
     pub fn new() -> io::Result<Self> {
         Ok(Self {
             source: File::open("/dev/urandom")?,
-            again: EventFd::new(EFD_NONBLOCK)?,
+            again: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             queues: Vec::new(),
             filled_bytes: 0,
         })

@@ -10,7 +10,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use vm_memory::GuestMemoryMmap;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::common_config::CommonConfig;
 use super::function::Function;
@@ -128,7 +128,7 @@ impl VirtioPciDevice {
         } = resources;
         let sizes_max = device.queue_sizes_max();
         let queue_count = check(&name, bdf, &sizes_max)?;
-        let kicks = (0..queue_count).map(|_| EventFd::new(EFD_NONBLOCK).map(Arc::new));
+        let kicks = (0..queue_count).map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Arc::new));
         let kicks: io::Result<Arc<[_]>> = kicks.collect();
         let kicks = kicks.map_err(|source| TransportError::Kick {
             name: name.clone(),

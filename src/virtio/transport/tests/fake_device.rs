@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
 use serde_json::{Value, json};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::unit::{RestoreError, SaveError};
 use crate::virtio::device::{
@@ -51,7 +51,7 @@ impl FakeDevice {
             config: [0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x88],
             hold: false,
             in_flight: Vec::new(),
-            done: Arc::new(EventFd::new(EFD_NONBLOCK).expect("the host has eventfds")),
+            done: Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).expect("the host has eventfds")),
             refuse_activation: false,
             queue_sizes_max: vec![QUEUE_SIZE_MAX; 3],
         }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use virtio_queue::mock::MockSplitQueue;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::fake_device::{Call, DEVICE_FEATURE, FakeDevice};
 use crate::bus::Bus;
@@ -90,7 +90,7 @@ impl Rig {
         let mmio = Bus::new();
         let root = PciRoot::new(&mmio).expect("the bus is empty");
         let event_loop = EventLoop::start("transport-test").expect("the host has epoll");
-        let bell = Arc::new(EventFd::new(EFD_NONBLOCK).expect("the host has eventfds"));
+        let bell = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).expect("the host has eventfds"));
         let (sender, rounds) = channel();
         let source = Source {
             fd: bell.as_raw_fd(),
