@@ -19,6 +19,8 @@ const SEPARATOR: &str = ";";
 const DEADLINE_VARIABLE: &str = "VM_LIFECYCLE_DEADLINE_MS";
 /// Where the half in the test host leaves its counts.
 const TALLY_VARIABLE: &str = "VM_LIFECYCLE_TALLY";
+/// Where the KVM tests note what has passed, so that a test host that is started again goes on where the last one failed.
+const PASSED_VARIABLE: &str = "VM_LIFECYCLE_PASSED";
 
 /// Runs `programs`, each a list of words, where KVM is real, for at most `within`; hands back the exit status and
 /// how many tests there were.
@@ -37,6 +39,7 @@ pub fn run(
         words.extend_from_slice(program);
     }
     let left = LeftBehind(paths.out.join(format!("tally-{}", std::process::id())));
+    let passed = LeftBehind(paths.out.join(format!("passed-{}", std::process::id())));
     let deadline = SystemTime::now() + within;
     let since_1970 = deadline
         .duration_since(SystemTime::UNIX_EPOCH)
@@ -44,6 +47,7 @@ pub fn run(
     let mut extra = extra.to_vec();
     extra.push((DEADLINE_VARIABLE, since_1970.as_millis().to_string()));
     extra.push((TALLY_VARIABLE, left.0.to_string_lossy().to_string()));
+    extra.push((PASSED_VARIABLE, passed.0.to_string_lossy().to_string()));
     let status = host::run(paths, words, &extra)?;
     Ok((status, Tally::read(&left.0)?))
 }

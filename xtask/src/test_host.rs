@@ -25,7 +25,7 @@ use crate::qemu;
 const BOOT_SILENCE_MAX: Duration = Duration::from_secs(40);
 /// The same for a host that is up and says every two seconds that it is alive.
 const SILENCE_MAX: Duration = Duration::from_secs(90);
-const ATTEMPTS_MAX: u32 = 3;
+const ATTEMPTS_MAX: u32 = 6;
 const CONSOLE_LINES_SHOWN: usize = 30;
 /// What Linux writes when a CPU no longer gets anywhere, or when it gives up.
 const HANG_SIGNS: [&str; 4] = [
