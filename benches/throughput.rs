@@ -29,8 +29,8 @@ use harness::qemu::{QemuGuest, QemuOptions};
 use harness::tap::Tap;
 
 const DISK_BYTES: u64 = 128 << 20;
-const STREAM_BYTES: usize = 48 << 20;
-const SMALL_COUNT: u64 = 2000;
+const STREAM_BYTES: usize = 16 << 20;
+const SMALL_COUNT: u64 = 1000;
 
 /// A running guest under load.
 struct Subject {
@@ -61,12 +61,12 @@ const LOADS: [Load; 6] = [
     Load {
         name: "disk: write 4 KiB blocks, one at a time",
         bytes: SMALL_COUNT * 4096,
-        run: |subject| subject.dd("if=/dev/zero of=/dev/vda bs=4k count=2000 oflag=direct"),
+        run: |subject| subject.dd("if=/dev/zero of=/dev/vda bs=4k count=1000 oflag=direct"),
     },
     Load {
         name: "disk: read 4 KiB blocks, one at a time",
         bytes: SMALL_COUNT * 4096,
-        run: |subject| subject.dd("if=/dev/vda of=/dev/null bs=4k count=2000 iflag=direct"),
+        run: |subject| subject.dd("if=/dev/vda of=/dev/null bs=4k count=1000 iflag=direct"),
     },
     Load {
         name: "net: TCP from guest to host",
@@ -194,6 +194,8 @@ impl Subject {
             }
         }
         assert_eq!(received, STREAM_BYTES, "the guest sent all of it");
+        // The guest's nc waits for this.
+        drop(stream);
         self.shell.answer(id, "nc to the host", WITHIN)?;
         Ok(())
     }
