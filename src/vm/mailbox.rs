@@ -29,6 +29,8 @@ pub(super) enum Message {
     },
     /// A handle asks a question; the closure sends the answer itself.
     Query(Box<dyn FnOnce(&Supervisor) + Send>),
+    /// Something to do on the supervisor's thread: a request with a typed answer, or what follows a work that is done.
+    Act(Box<dyn FnOnce(&mut Supervisor) + Send>),
     /// The machine of `generation` reports.
     Report { generation: u64, report: Report },
     /// The last handle is gone.

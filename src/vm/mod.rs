@@ -15,6 +15,7 @@ mod shared;
 mod supervisor;
 pub mod transition;
 mod units;
+mod work;
 
 use std::fmt;
 use std::io;
@@ -52,11 +53,8 @@ pub struct Vm {
 
 struct Inner {
     shared: Arc<Shared>,
-    config: Arc<VmConfig>,
     mailbox: Sender<Message>,
     supervisor: Option<JoinHandle<()>>,
-    /// Locks the VM's directory for as long as there are handles.
-    _state_dir: Option<StateDir>,
 }
 
 /// What a VM is doing, read at one moment.
@@ -86,7 +84,7 @@ pub enum CreateError {
 
 impl fmt::Debug for Vm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Vm({} {})", self.inner.config.name(), self.state())
+        write!(f, "Vm({} {})", self.config().name(), self.state())
     }
 }
 
@@ -126,20 +124,17 @@ impl Vm {
         platform: Arc<dyn Platform>,
         state_dir: Option<StateDir>,
     ) -> Result<Self, CreateError> {
-        let shared = Arc::new(Shared::new());
-        let config = Arc::new(config);
+        let shared = Arc::new(Shared::new(Arc::new(config)));
         let (sender, receiver) = channel();
-        let supervisor = Supervisor::new(shared.clone(), platform, config.clone(), sender.clone());
+        let supervisor = Supervisor::new(shared.clone(), platform, state_dir, sender.clone());
         let thread = std::thread::Builder::new()
             .name("vm-supervisor".to_owned())
             .spawn(move || supervisor.run(&receiver))
             .map_err(CreateError::Thread)?;
         let inner = Inner {
             shared,
-            config,
             mailbox: sender,
             supervisor: Some(thread),
-            _state_dir: state_dir,
         };
         Ok(Self {
             inner: Arc::new(inner),
@@ -218,9 +213,9 @@ impl Vm {
             .subscribe()
     }
 
-    /// What the VM is, on paper.
+    /// What the VM is, on paper. It changes when an operation changes a setting.
     pub fn config(&self) -> Arc<VmConfig> {
-        self.inner.config.clone()
+        self.inner.shared.config()
     }
 
     /// State, operation in flight and devices, read at one moment, after every request made before.
@@ -262,6 +257,23 @@ impl Vm {
         answer.recv().map_err(|_| RequestError::Gone)?
     }
 
+    /// Does `act` on the supervisor's thread and hands back what it returns.
+    fn act<T: Send + 'static>(
+        &self,
+        act: impl FnOnce(&mut Supervisor) -> T + Send + 'static,
+    ) -> Result<T, RequestError> {
+        let (reply, answer) = channel();
+        let act = move |supervisor: &mut Supervisor| {
+            // The caller waits below; it is gone only when its thread is.
+            let _ = reply.send(act(supervisor));
+        };
+        self.inner
+            .mailbox
+            .send(Message::Act(Box::new(act)))
+            .map_err(|_| RequestError::Gone)?;
+        answer.recv().map_err(|_| RequestError::Gone)
+    }
+
     fn ask<T: Send + 'static>(
         &self,
         question: impl FnOnce(&Supervisor) -> T + Send + 'static,
@@ -292,7 +304,7 @@ impl Drop for Inner {
             .take()
             .is_some_and(|thread| thread.join().is_err())
         {
-            log::error!("the supervisor of vm {} panicked", self.config.name());
+            log::error!("the supervisor of vm {} panicked", self.shared.config().name());
         }
     }
 }

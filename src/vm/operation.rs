@@ -19,18 +19,33 @@ pub enum OperationKind {
     Reset,
     ShutDown,
     PowerOff,
+    ResizeMemory,
+    AddNic,
+    RemoveNic,
 }
 
 impl OperationKind {
     /// Every kind.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 9] = [
         Self::Start,
         Self::Pause,
         Self::Resume,
         Self::Reset,
         Self::ShutDown,
         Self::PowerOff,
+        Self::ResizeMemory,
+        Self::AddNic,
+        Self::RemoveNic,
     ];
+
+    /// Whether operations of this kind go on beside others, whatever the state becomes meanwhile: they wait for the
+    /// guest, which may take its time, and change nothing of the lifecycle.
+    pub const fn is_beside(self) -> bool {
+        match self {
+            Self::ResizeMemory | Self::AddNic | Self::RemoveNic => true,
+            Self::Start | Self::Pause | Self::Resume | Self::Reset | Self::ShutDown | Self::PowerOff => false,
+        }
+    }
 
     /// The kind in lower case with dashes.
     pub const fn as_str(self) -> &'static str {
@@ -41,6 +56,9 @@ impl OperationKind {
             Self::Reset => "reset",
             Self::ShutDown => "shut-down",
             Self::PowerOff => "power-off",
+            Self::ResizeMemory => "resize-memory",
+            Self::AddNic => "add-nic",
+            Self::RemoveNic => "remove-nic",
         }
     }
 }
@@ -51,7 +69,13 @@ impl fmt::Display for OperationKind {
     }
 }
 
-/// How an operation ended.
+/// How an operation ended; its text is what the final event says.
+pub trait Ended: Clone + fmt::Display {
+    /// Whether what was asked for has been reached.
+    fn is_done(&self) -> bool;
+}
+
+/// How an operation of the lifecycle ended.
 #[derive(Debug, Clone)]
 pub enum Outcome {
     /// What was asked for has been reached.
@@ -68,6 +92,12 @@ impl Outcome {
     /// Whether what was asked for has been reached.
     pub const fn is_done(&self) -> bool {
         matches!(self, Self::Done)
+    }
+}
+
+impl Ended for Outcome {
+    fn is_done(&self) -> bool {
+        self.is_done()
     }
 }
 
@@ -100,30 +130,33 @@ impl fmt::Display for ErrorChain<'_> {
 /// An accepted request; cheap to clone. Dropping it cancels nothing.
 #[derive(Clone)]
 #[must_use = "wait for the operation or drop it knowingly: it goes on by itself"]
-pub struct Operation {
+pub struct Operation<O = Outcome> {
     id: OperationId,
     kind: OperationKind,
-    ending: Arc<Ending>,
+    ending: Arc<Ending<O>>,
 }
 
-#[derive(Default)]
-struct Ending {
-    outcome: Mutex<Option<Outcome>>,
+struct Ending<O> {
+    outcome: Mutex<Option<O>>,
     ended: Condvar,
 }
 
-impl fmt::Debug for Operation {
+impl<O> fmt::Debug for Operation<O> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Operation({} {})", self.id, self.kind)
     }
 }
 
-impl Operation {
+impl<O: Ended> Operation<O> {
     pub(super) fn begin(id: OperationId, kind: OperationKind) -> Self {
+        let ending = Ending {
+            outcome: Mutex::new(None),
+            ended: Condvar::new(),
+        };
         Self {
             id,
             kind,
-            ending: Arc::new(Ending::default()),
+            ending: Arc::new(ending),
         }
     }
 
@@ -138,7 +171,7 @@ impl Operation {
     }
 
     /// The outcome, if the operation has ended.
-    pub fn outcome(&self) -> Option<Outcome> {
+    pub fn outcome(&self) -> Option<O> {
         self.ending
             .outcome
             .lock()
@@ -147,7 +180,7 @@ impl Operation {
     }
 
     /// Waits at most `within` for the outcome; `None` when the operation still goes on. May be called again.
-    pub fn wait(&self, within: Duration) -> Option<Outcome> {
+    pub fn wait(&self, within: Duration) -> Option<O> {
         let deadline = Instant::now().checked_add(within);
         let mut outcome = self.ending.outcome.lock().unwrap_or_else(PoisonError::into_inner);
         while outcome.is_none() {
@@ -168,7 +201,7 @@ impl Operation {
     }
 
     /// Ends the operation. The first outcome stands.
-    pub(super) fn end(&self, outcome: Outcome) {
+    pub(super) fn end(&self, outcome: O) {
         let mut place = self.ending.outcome.lock().unwrap_or_else(PoisonError::into_inner);
         if place.is_none() {
             *place = Some(outcome);

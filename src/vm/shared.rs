@@ -2,9 +2,10 @@
 
 use std::cell::Cell;
 use std::ptr;
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::config::VmConfig;
 use crate::event::EventLog;
 use crate::state::State;
 use crate::vm::operation::OperationKind;
@@ -14,11 +15,12 @@ thread_local! {
     static OWNER: Cell<*const Shared> = const { Cell::new(ptr::null()) };
 }
 
-/// Written by the supervisor, read by handles. The two locks are never held together.
+/// Written by the supervisor, read by handles. No two of the locks are ever held together.
 pub(super) struct Shared {
     published: Mutex<Published>,
     changed: Condvar,
     pub events: Mutex<EventLog>,
+    config: Mutex<Arc<VmConfig>>,
 }
 
 #[derive(Clone, Copy)]
@@ -28,7 +30,7 @@ struct Published {
 }
 
 impl Shared {
-    pub fn new() -> Self {
+    pub fn new(config: Arc<VmConfig>) -> Self {
         let published = Published {
             state: State::Off,
             operation: None,
@@ -37,6 +39,7 @@ impl Shared {
             published: Mutex::new(published),
             changed: Condvar::new(),
             events: Mutex::default(),
+            config: Mutex::new(config),
         }
     }
 
@@ -48,6 +51,15 @@ impl Shared {
     /// Whether the calling thread is this VM's supervisor or one of its workers, for which the supervisor waits.
     pub fn is_own_thread(&self) -> bool {
         ptr::eq(OWNER.get(), self)
+    }
+
+    /// What the VM is, on paper, now.
+    pub fn config(&self) -> Arc<VmConfig> {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub fn set_config(&self, config: Arc<VmConfig>) {
+        *self.config.lock().unwrap_or_else(PoisonError::into_inner) = config;
     }
 
     pub fn set_state(&self, state: State) {

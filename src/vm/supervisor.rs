@@ -4,22 +4,24 @@
 //! It never waits for the guest, a disk or a vCPU: long work goes to a worker thread or to the vCPUs themselves, and
 //! their report comes back through the mailbox. Between messages it sleeps.
 
+use std::collections::BTreeSet;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::config::VmConfig;
+use crate::config::{StateDir, VmConfig};
 use crate::event::{EndCause, EventKind, ResetCause};
 use crate::ids::OperationId;
 use crate::state::State;
 use crate::vm::error::RequestError;
 use crate::vm::mailbox::{Mailbox, Message, Notice, Notices, Report, Request};
-use crate::vm::operation::{Operation, OperationKind, Outcome};
-use crate::vm::ops::power;
+use crate::vm::operation::{Ended, Operation, OperationKind, Outcome};
+use crate::vm::ops::{self, power};
 use crate::vm::platform::{Machine, Platform};
 use crate::vm::shared::Shared;
 use crate::vm::transition::{Next, Trigger, may_begin, next};
+use crate::vm::work::Works;
 
 /// Everything the supervisor owns.
 pub(super) struct Supervisor {
@@ -35,6 +37,12 @@ pub(super) struct Supervisor {
     pub(super) halt: Option<Halt>,
     /// Builds, resets or tears down the machine.
     pub(super) worker: Option<JoinHandle<()>>,
+    /// Everything else that waits for the host or a disk.
+    pub(super) works: Works,
+    /// The directory that keeps the configuration; locked for as long as the supervisor lives.
+    pub(super) state_dir: Option<Arc<StateDir>>,
+    /// When which operation that goes on beside others has had its time.
+    deadlines: BTreeSet<(Instant, OperationId)>,
     pub(super) end_cause: Option<EndCause>,
     sender: Sender<Message>,
     generation: u64,
@@ -63,19 +71,22 @@ impl Supervisor {
     pub(super) fn new(
         shared: Arc<Shared>,
         platform: Arc<dyn Platform>,
-        config: Arc<VmConfig>,
+        state_dir: Option<StateDir>,
         sender: Sender<Message>,
     ) -> Self {
         Self {
+            config: shared.config(),
             shared,
             platform,
-            config,
             state: State::Off,
             rest: State::Running,
             flight: None,
             machine: None,
             halt: None,
             worker: None,
+            works: Works::new(sender.clone()),
+            state_dir: state_dir.map(Arc::new),
+            deadlines: BTreeSet::new(),
             end_cause: None,
             sender,
             generation: 0,
@@ -88,7 +99,7 @@ impl Supervisor {
     /// Serves the mailbox until the last handle is gone and nothing of the VM is left.
     pub(super) fn run(mut self, mailbox: &Receiver<Message>) {
         self.shared.own_thread();
-        while !(self.handles_gone && self.state == State::Off) {
+        while !(self.handles_gone && self.state == State::Off && self.works.is_empty()) {
             match self.receive(mailbox) {
                 Ok(message) => self.handle(message),
                 Err(RecvTimeoutError::Timeout) => self.deadline_passed(),
@@ -98,7 +109,7 @@ impl Supervisor {
     }
 
     fn receive(&self, mailbox: &Receiver<Message>) -> Result<Message, RecvTimeoutError> {
-        match self.flight.as_ref().and_then(|flight| flight.deadline) {
+        match self.next_deadline() {
             Some(deadline) => match deadline.saturating_duration_since(Instant::now()) {
                 // A guest that talks without a pause must not put its deadline off.
                 Duration::ZERO => Err(RecvTimeoutError::Timeout),
@@ -106,6 +117,12 @@ impl Supervisor {
             },
             None => mailbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
         }
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        let in_flight = self.flight.as_ref().and_then(|flight| flight.deadline);
+        let beside = self.deadlines.first().map(|(deadline, _)| *deadline);
+        in_flight.into_iter().chain(beside).min()
     }
 
     fn handle(&mut self, message: Message) {
@@ -116,6 +133,7 @@ impl Supervisor {
                 let _ = reply.send(answer);
             }
             Message::Query(question) => question(self),
+            Message::Act(act) => act(self),
             Message::Report { generation, report } if generation == self.generation => self.report(report),
             Message::Report { .. } => {}
             Message::HandlesGone => {
@@ -127,18 +145,7 @@ impl Supervisor {
 
     fn request(&mut self, request: Request) -> Result<Operation, RequestError> {
         let Request { kind, within } = request;
-        let state = self.state;
-        let in_flight = self.in_flight();
-        if !may_begin(kind, state, in_flight) {
-            return Err(match in_flight {
-                Some(in_flight) => RequestError::Busy {
-                    request: kind,
-                    in_flight,
-                    state,
-                },
-                None => RequestError::State { request: kind, state },
-            });
-        }
+        self.check_may_begin(kind)?;
         let operation = self.begin(kind, within.and_then(|within| Instant::now().checked_add(within)));
         match kind {
             OperationKind::Start => power::start(self),
@@ -147,8 +154,27 @@ impl Supervisor {
             OperationKind::Reset => power::reset(self, ResetCause::Host),
             OperationKind::ShutDown => power::shut_down(self),
             OperationKind::PowerOff => power::power_off(self, EndCause::HostPowerOff),
+            OperationKind::ResizeMemory | OperationKind::AddNic | OperationKind::RemoveNic => {
+                unreachable!("these have requests of their own, with typed answers")
+            }
         }
         Ok(operation)
+    }
+
+    /// Asks the table whether `kind` may begin now.
+    pub(super) fn check_may_begin(&self, kind: OperationKind) -> Result<(), RequestError> {
+        let (state, in_flight) = (self.state, self.in_flight());
+        if may_begin(kind, state, in_flight) {
+            return Ok(());
+        }
+        Err(match in_flight {
+            Some(in_flight) => RequestError::Busy {
+                request: kind,
+                in_flight,
+                state,
+            },
+            None => RequestError::State { request: kind, state },
+        })
     }
 
     fn report(&mut self, report: Report) {
@@ -178,8 +204,55 @@ impl Supervisor {
     }
 
     fn deadline_passed(&mut self) {
-        // Only operations that wait for the guest have a deadline, and nothing of them is undone.
-        self.end_flight(Outcome::DeadlinePassed);
+        let now = Instant::now();
+        let in_flight = self.flight.as_ref().and_then(|flight| flight.deadline);
+        if in_flight.is_some_and(|deadline| deadline <= now) {
+            // Only operations that wait for the guest have a deadline, and nothing of them is undone.
+            self.end_flight(Outcome::DeadlinePassed);
+        }
+        while let Some(&(deadline, id)) = self.deadlines.first()
+            && deadline <= now
+        {
+            self.deadlines.pop_first();
+            ops::deadline_passed(self, id);
+        }
+    }
+
+    /// Numbers an operation that goes on beside others. Its kind says what to do when `deadline` has passed.
+    pub(super) fn begin_beside<O: Ended>(
+        &mut self,
+        kind: OperationKind,
+        deadline: Option<Instant>,
+    ) -> Operation<O> {
+        let id = self.next_operation(kind);
+        self.deadlines.extend(deadline.map(|deadline| (deadline, id)));
+        Operation::begin(id, kind)
+    }
+
+    /// Ends an operation that goes on beside others: first the event, then the waiting callers.
+    pub(super) fn end_beside<O: Ended>(&mut self, operation: &Operation<O>, outcome: O) {
+        self.deadlines.retain(|(_, id)| *id != operation.id());
+        self.publish_end(operation, &outcome);
+        operation.end(outcome);
+    }
+
+    fn next_operation(&mut self, kind: OperationKind) -> OperationId {
+        self.last_operation += 1;
+        let id = OperationId(self.last_operation);
+        self.publish(EventKind::OperationBegan {
+            id,
+            operation: kind.as_str(),
+        });
+        id
+    }
+
+    fn publish_end<O: Ended>(&self, operation: &Operation<O>, outcome: &O) {
+        self.publish(EventKind::OperationEnded {
+            id: operation.id(),
+            operation: operation.kind().as_str(),
+            ok: outcome.is_done(),
+            outcome: outcome.to_string(),
+        });
     }
 
     /// The kind of the operation in flight.
@@ -190,17 +263,11 @@ impl Supervisor {
     /// Begins an operation; the one in flight is overtaken by it.
     pub(super) fn begin(&mut self, kind: OperationKind, deadline: Option<Instant>) -> Operation {
         self.end_flight(Outcome::Overtaken { by: kind.as_str() });
-        self.last_operation += 1;
-        let id = OperationId(self.last_operation);
-        let operation = Operation::begin(id, kind);
+        self.shared.set_operation(Some(kind));
+        let operation = Operation::begin(self.next_operation(kind), kind);
         self.flight = Some(Flight {
             operation: operation.clone(),
             deadline,
-        });
-        self.shared.set_operation(Some(kind));
-        self.publish(EventKind::OperationBegan {
-            id,
-            operation: kind.as_str(),
         });
         operation
     }
@@ -209,12 +276,7 @@ impl Supervisor {
     pub(super) fn end_flight(&mut self, outcome: Outcome) {
         if let Some(Flight { operation, .. }) = self.flight.take() {
             self.shared.set_operation(None);
-            self.publish(EventKind::OperationEnded {
-                id: operation.id(),
-                operation: operation.kind().as_str(),
-                ok: outcome.is_done(),
-                outcome: outcome.to_string(),
-            });
+            self.publish_end(&operation, &outcome);
             operation.end(outcome);
         }
     }
@@ -271,7 +333,7 @@ mod tests {
         let config = Arc::new(config.expect("the configuration is valid"));
         let (sender, receiver) = channel();
         let platform = Arc::new(platform.clone());
-        let mut supervisor = Supervisor::new(Arc::new(Shared::new()), platform, config, sender);
+        let mut supervisor = Supervisor::new(Arc::new(Shared::new(config)), platform, None, sender);
         let start = Request {
             kind: OperationKind::Start,
             within: None,

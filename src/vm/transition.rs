@@ -217,7 +217,8 @@ const fn stopping(trigger: Trigger) -> Next {
 
 /// Whether `kind` may begin in `state` while `in_flight` is not finished.
 ///
-/// Cutting the power overtakes everything. Everything else waits its turn: the caller is told what is in the way.
+/// Cutting the power overtakes everything. What [goes on beside others](OperationKind::is_beside) waits for a machine that
+/// is being made or reset, and for nothing else. Everything else waits its turn: the caller is told what is in the way.
 pub const fn may_begin(kind: OperationKind, state: State, in_flight: Option<OperationKind>) -> bool {
     let trigger = match kind {
         OperationKind::Start => Trigger::Start,
@@ -228,8 +229,20 @@ pub const fn may_begin(kind: OperationKind, state: State, in_flight: Option<Oper
         OperationKind::Reset => {
             return in_flight.is_none() && matches!(state, State::Running | State::Paused);
         }
+        OperationKind::ResizeMemory | OperationKind::AddNic | OperationKind::RemoveNic => {
+            return may_begin_beside(state, in_flight);
+        }
     };
     in_flight.is_none() && !matches!(next(state, trigger), Next::Refused)
+}
+
+/// Settings may change while the VM is off, and while a whole machine is there to follow them.
+const fn may_begin_beside(state: State, in_flight: Option<OperationKind>) -> bool {
+    let whole = match state {
+        State::Off | State::Running | State::Pausing | State::Paused | State::Resuming => true,
+        State::Starting | State::PausedCritical | State::Saving | State::Saved | State::Stopping => false,
+    };
+    whole && !matches!(in_flight, Some(OperationKind::Reset))
 }
 
 /// The table as Markdown, as `docs/state-machine.md` holds it.
@@ -309,7 +322,7 @@ mod tests {
                 for kind in OperationKind::ALL {
                     let overtakes = may_begin(kind, state, Some(in_flight));
                     assert!(
-                        !overtakes || kind == OperationKind::PowerOff,
+                        !overtakes || kind == OperationKind::PowerOff || kind.is_beside(),
                         "{kind:?} in {state}"
                     );
                 }

@@ -1,3 +1,9 @@
 //! What the supervisor does, one file per noun. Each function is called on the supervisor's thread and never blocks.
 
 pub(super) mod power;
+
+use crate::ids::OperationId;
+use crate::vm::supervisor::Supervisor;
+
+/// The operation `id`, which goes on beside others, has had its time.
+pub(super) fn deadline_passed(_vm: &mut Supervisor, _id: OperationId) {}

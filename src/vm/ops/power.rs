@@ -186,7 +186,7 @@ pub fn units_quiet(vm: &mut Supervisor) {
 pub fn reset_done(vm: &mut Supervisor, result: Result<(), BuildError>) {
     join(vm.worker.take());
     match (result, vm.state) {
-        (_, State::Stopping) => tear_down(vm),
+        (_, State::Stopping) => tear_down_unless_held(vm),
         (Err(error), _) => fail_reset(vm, OperationError::Reset(error)),
         (Ok(()), _) => {
             let cause = vm.halt.and_then(|halt| halt.reset).unwrap_or(ResetCause::Host);
@@ -249,8 +249,12 @@ fn end(vm: &mut Supervisor, trigger: Trigger, cause: EndCause) {
             by: "the end of the guest",
         }),
     }
-    // A worker that builds or resets reports first; the machine is torn down then.
-    if vm.worker.is_none() {
+    tear_down_unless_held(vm);
+}
+
+/// Tears the machine down unless a worker holds it still: the last of them to report comes back here.
+pub fn tear_down_unless_held(vm: &mut Supervisor) {
+    if vm.state == State::Stopping && vm.worker.is_none() && vm.works.is_empty() {
         tear_down(vm);
     }
 }
