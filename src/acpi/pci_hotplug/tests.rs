@@ -1,0 +1,1 @@
+//! Tests of the hot-plug registers, from both sides.
