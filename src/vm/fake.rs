@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::{Value, json};
 
-use crate::config::VmConfig;
+use crate::config::{NicConfig, VmConfig};
 use crate::event::EndCause;
+use crate::ids::{NicName, UnitName};
 use crate::unit::{PauseTicket, PowerListener, PowerRequest};
 use crate::vm::mailbox::Mailbox;
 use crate::vm::platform::{BuildError, DeviceStatus, Machine, Platform};
@@ -167,6 +168,22 @@ impl Machine for FakeMachine {
     }
 
     fn tear_down(&self) {}
+
+    fn add_nic(&self, _nic: &NicConfig) -> Result<(), BuildError> {
+        Ok(())
+    }
+
+    fn request_eject(&self, _unit: &UnitName) -> bool {
+        false
+    }
+
+    fn remove_device(&self, _unit: &UnitName) -> bool {
+        false
+    }
+
+    fn rename_nic(&self, _unit: &UnitName, _name: &NicName) {}
+
+    fn set_link(&self, _unit: &UnitName, _up: bool) {}
 
     fn devices(&self) -> Vec<DeviceStatus> {
         Vec::new()

@@ -4,6 +4,7 @@
 //! thing after another; handles send it requests and wait for its answers, never for the guest.
 
 pub mod builder;
+mod device_set;
 mod error;
 pub mod fake;
 pub mod host;

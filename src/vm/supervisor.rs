@@ -197,6 +197,7 @@ impl Supervisor {
         match notice {
             Notice::Power(request) => power::guest_request(self, request),
             Notice::DriverReady { unit, ready } => self.publish(EventKind::DriverReady { unit, ready }),
+            Notice::Ejected { bdf } => ops::ejected(self, bdf),
             Notice::NeedsReset { unit, reason } => {
                 self.publish(EventKind::DeviceNeedsReset { unit, reason });
             }
