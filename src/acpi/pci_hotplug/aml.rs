@@ -140,7 +140,7 @@ fn scan_method(aml: &mut Vec<u8>) {
     for segment in 0..layout::SEGMENT_COUNT {
         for (kind, code) in [(b'C', DEVICE_CHECK), (b'E', EJECT_REQUEST)] {
             let bits = event_path(kind, segment);
-            let notify = Path::new(&format!("PC{segment:02X}.HPNT"));
+            let notify = Path::new(&format!("\\_SB_.PC{segment:02X}.HPNT"));
             MethodCall::new(notify, vec![&bits, &code]).to_aml_bytes(&mut body);
         }
     }
