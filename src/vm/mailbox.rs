@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::event::EndCause;
-use crate::ids::UnitName;
+use crate::ids::{Bdf, UnitName};
 use crate::unit::{PowerListener, PowerRequest, UnitListener};
 use crate::vm::error::RequestError;
 use crate::vm::operation::{Operation, OperationKind};
@@ -63,8 +63,18 @@ pub(super) enum Report {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Notice {
     Power(PowerRequest),
-    DriverReady { unit: UnitName, ready: bool },
-    NeedsReset { unit: UnitName, reason: String },
+    DriverReady {
+        unit: UnitName,
+        ready: bool,
+    },
+    NeedsReset {
+        unit: UnitName,
+        reason: String,
+    },
+    /// The guest let go of the device at `bdf`.
+    Ejected {
+        bdf: Bdf,
+    },
 }
 
 impl Notice {
@@ -74,7 +84,11 @@ impl Notice {
             (Self::Power(request), Self::Power(other)) => request == other,
             (Self::DriverReady { unit, .. }, Self::DriverReady { unit: other, .. })
             | (Self::NeedsReset { unit, .. }, Self::NeedsReset { unit: other, .. }) => unit == other,
-            (Self::Power(_) | Self::DriverReady { .. } | Self::NeedsReset { .. }, _) => false,
+            (Self::Ejected { bdf }, Self::Ejected { bdf: other }) => bdf == other,
+            (
+                Self::Power(_) | Self::DriverReady { .. } | Self::NeedsReset { .. } | Self::Ejected { .. },
+                _,
+            ) => false,
         }
     }
 }
@@ -148,6 +162,11 @@ impl Mailbox {
     /// A vCPU ended by itself and will not run again.
     pub fn vcpu_ended(&self, cause: EndCause) {
         self.report(Report::VcpuEnded { cause });
+    }
+
+    /// The guest let go of the device at `bdf`.
+    pub fn ejected(&self, bdf: Bdf) {
+        self.notice(Notice::Ejected { bdf });
     }
 }
 

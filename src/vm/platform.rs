@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::boot::BootError;
 use crate::bus::BusError;
-use crate::config::VmConfig;
+use crate::config::{NicConfig, VmConfig};
 use crate::event_loop::LoopError;
 use crate::ids::{DiskName, NicName, UnitName};
 use crate::machine::gsi::GsiError;
@@ -69,6 +69,26 @@ pub trait Machine: Send + Sync {
 
     /// Tells every vCPU to stop for good. Dropping the machine afterwards waits for their threads.
     fn tear_down(&self);
+
+    /// Adds a network card; the guest can see it when it is whole. Called on a worker thread, may wait for the host.
+    ///
+    /// # Errors
+    /// [`BuildError`] names what the host refuses; nothing is left behind.
+    fn add_nic(&self, nic: &NicConfig) -> Result<(), BuildError>;
+
+    /// Asks the guest to let go of the device; it answers with [`Mailbox::ejected`], when it likes. `false` when there
+    /// is no such device.
+    fn request_eject(&self, unit: &UnitName) -> bool;
+
+    /// Gives back everything of the device, whether the guest has let go of it or not. Called on a worker thread.
+    /// `false` when there is no such device.
+    fn remove_device(&self, unit: &UnitName) -> bool;
+
+    /// Shows the guest another name of the network card.
+    fn rename_nic(&self, unit: &UnitName, name: &NicName);
+
+    /// Plugs the cable of the network card in, or pulls it out.
+    fn set_link(&self, unit: &UnitName, up: bool);
 
     /// What is known of the devices.
     fn devices(&self) -> Vec<DeviceStatus>;

@@ -12,8 +12,10 @@ use crate::acpi::device::AcpiDevice;
 use crate::acpi::tables::AcpiTables;
 use crate::boot::BootSource;
 use crate::bus::BusClaim;
+use crate::config::NicConfig;
 use crate::event::EndCause;
 use crate::event_loop::EventLoop;
+use crate::ids::{NicName, UnitName};
 use crate::machine::memslots::Memslot;
 use crate::machine::vcpu::{Vcpu, VcpuExitReason, VcpuListener};
 use crate::memory::layout::ACPI_TABLES_BASE;
@@ -111,6 +113,25 @@ impl Machine for KvmMachine {
     fn tear_down(&self) {
         self.vcpus.iter().for_each(Vcpu::stop);
     }
+
+    fn add_nic(&self, _nic: &NicConfig) -> Result<(), BuildError> {
+        Err(BuildError::Host {
+            what: "another network card",
+            source: std::io::ErrorKind::Unsupported.into(),
+        })
+    }
+
+    fn request_eject(&self, _unit: &UnitName) -> bool {
+        false
+    }
+
+    fn remove_device(&self, _unit: &UnitName) -> bool {
+        false
+    }
+
+    fn rename_nic(&self, _unit: &UnitName, _name: &NicName) {}
+
+    fn set_link(&self, _unit: &UnitName, _up: bool) {}
 
     fn devices(&self) -> Vec<DeviceStatus> {
         let status = |device: &Arc<VirtioPciDevice>| DeviceStatus {
