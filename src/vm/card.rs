@@ -117,6 +117,11 @@ impl Card {
         self.state
     }
 
+    /// Whether a driver in the guest has it.
+    pub fn driver_ready(&self) -> bool {
+        self.driver_ready
+    }
+
     /// Whether nothing is being done to it.
     pub fn is_settled(&self) -> bool {
         matches!(self.state, NicState::Attached | NicState::DriverReady)

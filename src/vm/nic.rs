@@ -26,6 +26,8 @@ pub struct NicInfo {
     pub config: NicConfig,
     /// Where it is in its life; `None` while there is no machine.
     pub state: Option<NicState>,
+    /// Whether a driver in the guest has it.
+    pub driver_ready: bool,
 }
 
 /// How adding a network card ended.

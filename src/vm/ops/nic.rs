@@ -41,21 +41,12 @@ pub fn add(
     let Some(machine) = vm.machine.clone() else {
         let operation = vm.begin_beside(OperationKind::AddNic, None);
         add_on_paper(vm, config, bdf, operation.clone());
-        return Ok((
-            NicInfo {
-                config: nic,
-                state: None,
-            },
-            operation,
-        ));
+        return Ok((info(nic, None), operation));
     };
     let operation = vm.begin_beside(OperationKind::AddNic, Instant::now().checked_add(within));
     vm.cards
         .insert(nic.clone(), NicState::Adding, Some(operation.clone()));
-    let info = NicInfo {
-        config: nic.clone(),
-        state: Some(NicState::Adding),
-    };
+    let info = info(nic.clone(), vm.cards.find(bdf));
     let work = move || machine.add_nic(&nic);
     vm.work("vm-nic", work, move |vm, result| added(vm, bdf, result));
     Ok((info, operation))
@@ -187,7 +178,7 @@ pub fn driver_ready(vm: &mut Supervisor, unit: &UnitName, ready: bool) {
 
 fn taken_by_driver(vm: &mut Supervisor, bdf: Bdf) {
     let Some(present) = vm.cards.find(bdf) else { return };
-    let info = info(present);
+    let info = info(present.card.nic.clone(), Some(present));
     vm.publish(EventKind::NicDriverReady {
         name: info.config.name.clone(),
     });
@@ -442,19 +433,18 @@ fn forget(vm: &mut Supervisor, bdf: Bdf) {
     vm.change_config(config, |_, _| {});
 }
 
-fn info(present: &Present) -> NicInfo {
+fn info(config: NicConfig, present: Option<&Present>) -> NicInfo {
     NicInfo {
-        config: present.card.nic.clone(),
-        state: Some(present.card.state()),
+        config,
+        state: present.map(|present| present.card.state()),
+        driver_ready: present.is_some_and(|present| present.card.driver_ready()),
     }
 }
 
 /// Every card of the VM, with those that are being added.
 pub fn infos(vm: &Supervisor) -> Vec<NicInfo> {
     let planned = planned(vm);
-    let with_state = |config: &NicConfig| NicInfo {
-        config: config.clone(),
-        state: vm.cards.find(config.bdf).map(|present| present.card.state()),
-    };
-    planned.nics().iter().map(with_state).collect()
+    let nics = planned.nics().iter();
+    nics.map(|nic| info(nic.clone(), vm.cards.find(nic.bdf)))
+        .collect()
 }
