@@ -31,7 +31,7 @@ pub use memory::{
     STARTUP_STEP_BYTES,
 };
 pub use nic::{ACPI_INDEX_MAX, NICS_MAX, NicConfig, NicSpec, QUEUE_PAIRS_MAX, TAP_NAME_MAX_BYTES};
-pub use slots::{CONSOLE_BDF, PLATFORM_SLOT_COUNT, RNG_BDF, SEGMENT_COUNT};
+pub use slots::{CONSOLE_BDF, PLATFORM_SLOT_COUNT, RNG_BDF, SEGMENT_COUNT, first_slot};
 pub use state_dir::{StateDir, StateDirError};
 pub use version::{ConfigVersion, Feature, NeedsVersion, ParseVersionError};
 

@@ -203,10 +203,14 @@ impl Machine for FakeMachine {
             return Err(refused("a network card"));
         }
         behaviour.nics.insert(nic.bdf, nic.clone());
-        if behaviour.takes_nics {
-            self.mailbox.driver_ready(&nic.unit_name(), true);
-        }
         Ok(())
+    }
+
+    fn announce(&self, unit: &UnitName) {
+        let takes = self.control.lock().takes_nics;
+        if takes {
+            self.mailbox.driver_ready(unit, true);
+        }
     }
 
     fn request_eject(&self, unit: &UnitName) -> bool {

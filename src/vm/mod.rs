@@ -6,6 +6,7 @@
 pub mod builder;
 mod card;
 mod cards;
+mod device_set;
 mod error;
 pub mod fake;
 pub mod host;

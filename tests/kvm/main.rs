@@ -13,6 +13,7 @@ mod boot;
 mod guest;
 mod guest_image;
 mod hostile;
+mod hotplug;
 mod journal;
 mod lifecycle;
 mod net;
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
         lifecycle::trials(),
         block::trials(),
         net::trials(),
+        hotplug::trials(),
         hostile::trials(),
         programs::trials(),
     ]

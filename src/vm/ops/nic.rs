@@ -1,7 +1,7 @@
 //! Adding network cards and removing them.
 //!
 //! ```text
-//! add     build, visible last (worker) ─ store ─ [nic-attached] ─ driver ready, or the deadline
+//! add     build, visible last (worker) ─ store ─ tell the guest [nic-attached] ─ driver ready, or the deadline
 //! remove  ask the guest ─ it lets go ─ give back (worker) ─ store ─ [nic-removed]
 //! force   give back (worker) ─ store ─ [nic-removed]
 //! ```
@@ -120,11 +120,15 @@ fn attached(vm: &mut Supervisor, bdf: Bdf) {
         present.add_is_late,
         present.card.state(),
     );
+    let unit = nic.unit_name();
     vm.publish(EventKind::NicAttached {
         name: nic.name,
         bdf,
         acpi_index: nic.acpi_index,
     });
+    if let Some(machine) = &vm.machine {
+        machine.announce(&unit);
+    }
     if state == NicState::DriverReady {
         taken_by_driver(vm, bdf);
     } else if is_late {
@@ -203,7 +207,8 @@ pub fn remove(
         let unit = present.card.nic.unit_name();
         vm.publish(EventKind::NicEjectRequested { name: name.clone() });
         if !machine.request_eject(&unit) {
-            log::error!("the machine does not know {unit}, which the guest is to let go of");
+            // The guest let go of it by itself, before anybody asked.
+            ejected(vm, bdf);
         }
     }
     Ok(operation)
