@@ -105,6 +105,30 @@ impl NicSpec {
     }
 }
 
+impl From<NicConfig> for NicSpec {
+    /// Says everything that the card is.
+    fn from(nic: NicConfig) -> Self {
+        let NicConfig {
+            name,
+            tap,
+            queue_pairs,
+            mac,
+            bdf,
+            acpi_index,
+            link_up,
+        } = nic;
+        Self {
+            name: name.into(),
+            tap,
+            queue_pairs,
+            mac: Some(mac),
+            bdf: Some(bdf),
+            acpi_index,
+            link_up,
+        }
+    }
+}
+
 /// Makes a card of `spec` and adds it to `config`. A PCI address that `spec` gives is in `slots` already; an ACPI
 /// index in `given` is kept for the card that asks for it.
 ///

@@ -70,14 +70,18 @@ pub trait Machine: Send + Sync {
     /// Tells every vCPU to stop for good. Dropping the machine afterwards waits for their threads.
     fn tear_down(&self);
 
-    /// Adds a network card; the guest can see it when it is whole. Called on a worker thread, may wait for the host.
+    /// Adds a network card; the guest could see it when it is whole, but is not told. Called on a worker thread, may
+    /// wait for the host.
     ///
     /// # Errors
     /// [`BuildError`] names what the host refuses; nothing is left behind.
     fn add_nic(&self, nic: &NicConfig) -> Result<(), BuildError>;
 
-    /// Asks the guest to let go of the device; it answers with [`Mailbox::ejected`], when it likes. `false` when there
-    /// is no such device.
+    /// Asks the guest to look at the device, which is new.
+    fn announce(&self, unit: &UnitName);
+
+    /// Asks the guest to let go of the device; it answers with [`Mailbox::ejected`], when it likes. `false` when it
+    /// sees no such device.
     fn request_eject(&self, unit: &UnitName) -> bool;
 
     /// Gives back everything of the device, whether the guest has let go of it or not. Called on a worker thread.

@@ -130,8 +130,11 @@ impl Machine for KvmMachine {
         let slot = self.pci.reserve(nic.bdf)?;
         let device = build_nic(&*self.host, &self.resources, nic)?;
         self.devices.add_nic(slot, device, nic);
-        self.devices.announce(&nic.unit_name());
         Ok(())
+    }
+
+    fn announce(&self, unit: &UnitName) {
+        self.devices.announce(unit);
     }
 
     fn request_eject(&self, unit: &UnitName) -> bool {

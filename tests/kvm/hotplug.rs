@@ -109,6 +109,7 @@ fn a_card_comes_with_its_name_and_goes() -> Result<(), Failed> {
     ] {
         let nic = new_card(&guest, NicSpec::new("lan", tap.name()).bdf(bdf.parse()?))?;
         machine.add_nic(&nic)?;
+        machine.announce(&nic.unit_name());
         shell.wait_until("test -e /sys/class/net/eth0/address", WITHIN)?;
         assert_eq!(
             shell.succeed("cat /sys/class/net/eth0/device/../label")?,
@@ -167,6 +168,7 @@ fn names_arrive_byte_for_byte() -> Result<(), Failed> {
     }
     let added = new_card(&guest, NicSpec::new(names[3], other.name()))?;
     machine.add_nic(&added)?;
+    machine.announce(&added.unit_name());
     shell.wait_until(&format!("test -e {}/label", sysfs(&added)), WITHIN)?;
     assert_eq!(label(&mut shell, &added)?, hex(names[3]), "after hot-add");
     Ok(())

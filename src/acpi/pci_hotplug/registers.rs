@@ -278,9 +278,9 @@ impl BusDevice for PciHotplug {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let mut state = self.lock();
         let word = match (offset, data.len()) {
-            (0..SEGMENTS_END, 4) if offset % 4 == 0 => {
+            (0..SEGMENTS_END, 4) if offset.is_multiple_of(4) => {
                 let segment = (offset / SEGMENT_STRIDE) as usize;
-                let bits = if offset % SEGMENT_STRIDE == 0 {
+                let bits = if offset.is_multiple_of(SEGMENT_STRIDE) {
                     &mut state.changed
                 } else {
                     &mut state.eject_requests
