@@ -15,8 +15,10 @@ mod guest_image;
 mod hostile;
 mod hotplug;
 mod journal;
+mod labels;
 mod lifecycle;
 mod net;
+mod nic;
 mod programs;
 
 use std::process::ExitCode;
@@ -39,6 +41,8 @@ fn main() -> ExitCode {
         block::trials(),
         net::trials(),
         hotplug::trials(),
+        nic::trials(),
+        labels::trials(),
         hostile::trials(),
         programs::trials(),
     ]
