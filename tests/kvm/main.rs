@@ -19,6 +19,7 @@ mod labels;
 mod lifecycle;
 mod net;
 mod nic;
+mod nic_cycles;
 mod programs;
 
 use std::process::ExitCode;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
         net::trials(),
         hotplug::trials(),
         nic::trials(),
+        nic_cycles::trials(),
         labels::trials(),
         hostile::trials(),
         programs::trials(),
