@@ -243,7 +243,8 @@ impl Assembly {
             memory: ram.memory().clone(),
             listener: Arc::new(mailbox.clone()),
         };
-        let pci = Arc::new(PciRoot::new(&buses.mmio)?);
+        let mmio = buses.mmio.clone();
+        let pci = Arc::new(PciRoot::new(&mmio)?);
         let acpi = AcpiDevice::new(gsi.line(GED_GSI)?, Arc::new(mailbox.clone()));
         let acpi = Arc::new(acpi);
         let hotplug = Arc::new(PciHotplug::new(acpi.clone(), Arc::new(mailbox.clone())));
@@ -266,7 +267,7 @@ impl Assembly {
             host,
             claims: Vec::new(),
             units,
-            devices: DeviceSet::new(hotplug.clone()),
+            devices: DeviceSet::new(hotplug.clone(), mmio),
             acpi,
             hotplug,
         })

@@ -139,6 +139,25 @@ fn a_card_comes_with_its_name_and_goes() -> Result<(), Failed> {
     Ok(())
 }
 
+fn a_card_taken_by_force_leaves_a_guest_that_works() -> Result<(), Failed> {
+    let tap = Tap::create(Ipv4Addr::new(10, 213, 43, 1))?;
+    let (guest, mut shell, machine) = boot(small("force")?)?;
+    let nic = new_card(&guest, NicSpec::new("lan", tap.name()))?;
+    for round in 0..3 {
+        machine.add_nic(&nic)?;
+        machine.announce(&nic.unit_name());
+        shell.wait_until("test -e /sys/class/net/eth0/address", WITHIN)?;
+        shell.succeed("ip addr add 10.213.43.2/24 dev eth0 && ip link set eth0 up")?;
+        shell.wait_until("ping -c 1 -W 1 10.213.43.1", WITHIN)?;
+        assert!(machine.remove_device(&nic.unit_name()), "round {round}");
+        // The tap is free at once, whatever the guest does.
+        drop(tap.open()?);
+        shell.wait_until(&format!("test ! -e {}", sysfs(&nic)), WITHIN)?;
+        assert_eq!(shell.succeed("ls /sys/class/net")?, "lo", "round {round}");
+    }
+    Ok(())
+}
+
 fn names_arrive_byte_for_byte() -> Result<(), Failed> {
     let names = [
         "\"LAN\" 'b' \\ $x",

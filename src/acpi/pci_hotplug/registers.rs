@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 use crate::acpi::device::AcpiDevice;
 use crate::acpi::ged::GedEvent;
 use crate::acpi::saved::{PCI_HOTPLUG_SCHEMA, SavedPciHotplugV1};
-use crate::bus::BusDevice;
+use crate::bus::{BusClaim, BusDevice};
 use crate::guest_log::GuestLog;
 use crate::ids::{Bdf, NicName, UnitName};
 use crate::memory::layout::{
@@ -75,6 +75,8 @@ struct State {
     select: u32,
     selected: Selected,
     slots: BTreeMap<Bdf, Slot>,
+    /// Of devices that were taken by force, until the guest lets go of them.
+    remnants: BTreeMap<Bdf, BusClaim>,
 }
 
 /// The name of the selected slot as the guest reads it.
@@ -95,6 +97,23 @@ enum Place {
     Ejected(SlotReservation),
 }
 
+/// A device that is not in its slot any more; the slot is taken until this is dropped.
+#[derive(Debug)]
+#[must_use = "dropping it frees the slot"]
+pub enum Removed {
+    /// The guest had let go of it.
+    Ejected(SlotReservation),
+    /// The guest saw it until now.
+    ByForce(SlotReservation),
+}
+
+/// What a write to the eject register did.
+enum Ejected {
+    Device,
+    Remnant,
+    Nothing,
+}
+
 impl PciHotplug {
     /// Makes the registers of a machine without hot-pluggable devices. Events go through `acpi`.
     pub fn new(acpi: Arc<AcpiDevice>, listener: Arc<dyn SlotListener>) -> Self {
@@ -112,7 +131,9 @@ impl PciHotplug {
         let bdf = slot.bdf();
         let place = Place::Seen(slot.occupy(device.clone()));
         let slot = Slot { device, place, name };
-        self.lock().slots.insert(bdf, slot);
+        let mut state = self.lock();
+        state.remnants.remove(&bdf);
+        state.slots.insert(bdf, slot);
     }
 
     /// Asks the guest to look at the slot.
@@ -129,30 +150,33 @@ impl PciHotplug {
         if !matches!(state.slots.get(&bdf), Some(slot) if matches!(slot.place, Place::Seen(_))) {
             return false;
         }
-        if let Some(bits) = state.eject_requests.get_mut(usize::from(bdf.segment())) {
-            *bits |= bit(bdf);
-        }
+        state.request_eject(bdf);
         drop(state);
         self.acpi.raise(GedEvent::PciHotplug);
         true
     }
 
-    /// Takes the device at `bdf` out of its slot and hands the slot back, still taken. A guest that saw the device
-    /// until now is asked to look. `None` when no hot-pluggable device is there.
-    pub fn remove(&self, bdf: Bdf) -> Option<SlotReservation> {
+    /// Takes the device at `bdf` out of its slot and hands the slot back, still taken. `None` when no hot-pluggable
+    /// device is there.
+    pub fn remove(&self, bdf: Bdf) -> Option<Removed> {
         let mut state = self.lock();
-        let Slot { device, place, name } = state.slots.remove(&bdf)?;
+        let slot = state.slots.remove(&bdf)?;
         state.forget_events(bdf);
         drop(state);
-        drop((device, name));
-        match place {
-            Place::Ejected(reservation) => Some(reservation),
-            Place::Seen(slot) => {
-                let reservation = slot.vacate();
-                self.announce(bdf);
-                Some(reservation)
-            }
-        }
+        Some(match slot.place {
+            Place::Ejected(slot) => Removed::Ejected(slot),
+            Place::Seen(slot) => Removed::ByForce(slot.vacate()),
+        })
+    }
+
+    /// Tells the guest that the device at `bdf` was taken by force. Until its driver has let go of the device it finds
+    /// `remnant` at its addresses.
+    pub fn tell_taken(&self, bdf: Bdf, remnant: Option<BusClaim>) {
+        let mut state = self.lock();
+        state.remnants.extend(remnant.map(|remnant| (bdf, remnant)));
+        state.request_eject(bdf);
+        drop(state);
+        self.acpi.raise(GedEvent::PciHotplug);
     }
 
     /// Gives the card at `bdf` another label, which the guest reads when it looks the next time. A card that has no
@@ -165,10 +189,11 @@ impl PciHotplug {
     }
 
     fn eject(&self, number: u32) {
-        let ejected = slot_of(number).filter(|bdf| self.lock().eject(*bdf));
+        let ejected = slot_of(number).map(|bdf| (bdf, self.lock().eject(bdf)));
         match ejected {
-            Some(bdf) => self.listener.ejected(bdf),
-            None => self.log.warn(format_args!(
+            Some((bdf, Ejected::Device)) => self.listener.ejected(bdf),
+            Some((_, Ejected::Remnant)) => {}
+            Some((_, Ejected::Nothing)) | None => self.log.warn(format_args!(
                 "the guest ejects slot {number:#x}, where nothing can be ejected"
             )),
         }
@@ -180,8 +205,11 @@ impl PciHotplug {
 }
 
 impl State {
-    /// Hides the device at `bdf`; `false` when the guest sees no hot-pluggable one there.
-    fn eject(&mut self, bdf: Bdf) -> bool {
+    /// Hides the device at `bdf`, or removes what is left of one.
+    fn eject(&mut self, bdf: Bdf) -> Ejected {
+        if self.remnants.remove(&bdf).is_some() {
+            return Ejected::Remnant;
+        }
         match self.slots.remove(&bdf) {
             Some(Slot {
                 device,
@@ -191,13 +219,19 @@ impl State {
                 let place = Place::Ejected(slot.vacate());
                 self.slots.insert(bdf, Slot { device, place, name });
                 self.forget_events(bdf);
-                true
+                Ejected::Device
             }
             Some(slot) => {
                 self.slots.insert(bdf, slot);
-                false
+                Ejected::Nothing
             }
-            None => false,
+            None => Ejected::Nothing,
+        }
+    }
+
+    fn request_eject(&mut self, bdf: Bdf) {
+        if let Some(bits) = self.eject_requests.get_mut(usize::from(bdf.segment())) {
+            *bits |= bit(bdf);
         }
     }
 
@@ -325,6 +359,7 @@ impl Unit for PciHotplug {
         let mut state = self.lock();
         state.changed = Default::default();
         state.eject_requests = Default::default();
+        state.remnants.clear();
         state.show_all();
         state.select(0);
     }
@@ -359,7 +394,7 @@ impl Unit for PciHotplug {
         state.changed = changed;
         state.eject_requests = eject_requests;
         for bdf in ejected {
-            if !state.eject(bdf) {
+            if !matches!(state.eject(bdf), Ejected::Device) {
                 return Err(RestoreError::Value {
                     field: "ejected",
                     value: bdf.to_string(),

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use proptest::prelude::*;
 
 use super::aml;
-use super::registers::{PCI_HOTPLUG_BYTES, PciHotplug, SlotListener, SlotName};
+use super::registers::{PCI_HOTPLUG_BYTES, PciHotplug, Removed, SlotListener, SlotName};
 use crate::acpi::device::AcpiDevice;
 use crate::bus::{Bus, BusDevice};
 use crate::ids::{Bdf, NicName};
@@ -28,6 +28,16 @@ impl PciDevice for Present {
     }
 
     fn config_write(&self, _offset: u16, _data: &[u8]) {}
+}
+
+struct Zeros;
+
+impl BusDevice for Zeros {
+    fn read(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write(&self, _offset: u64, _data: &[u8]) {}
 }
 
 #[derive(Default)]
@@ -158,6 +168,7 @@ fn a_device_is_asked_back_ejected_and_taken_away() {
         "the slot is taken until the end"
     );
     let slot = rig.hotplug.remove(place).expect("it was there");
+    assert!(matches!(slot, Removed::Ejected(_)));
     assert!(rig.root.reserve(place).is_err(), "and until its holder lets go");
     drop(slot);
     assert!(rig.root.reserve(place).is_ok());
@@ -166,13 +177,28 @@ fn a_device_is_asked_back_ejected_and_taken_away() {
 }
 
 #[test]
-fn a_device_taken_by_force_is_looked_for() {
+fn what_is_left_of_a_device_taken_by_force_goes_with_its_driver() {
     let rig = Rig::new();
-    rig.insert(bdf(1, 1), None);
-    assert!(rig.hotplug.request_eject(bdf(1, 1)));
-    drop(rig.hotplug.remove(bdf(1, 1)).expect("it was there"));
-    assert!(!rig.is_seen(bdf(1, 1)));
-    assert_eq!((rig.events(), rig.read(8), rig.read(12)), (2, 1 << 1, 0));
+    let place = bdf(1, 1);
+    let remnant = || rig.mmio.claim(0x1000, 8, Arc::new(Zeros)).ok();
+    let is_left = || rig.mmio.read(0x1000, &mut [0; 4]);
+    rig.insert(place, None);
+    assert!(matches!(
+        rig.hotplug.remove(place),
+        Some(Removed::ByForce(slot)) if slot.bdf() == place
+    ));
+    rig.hotplug.tell_taken(place, remnant());
+    assert!(is_left() && !rig.is_seen(place));
+    assert_eq!((rig.events(), rig.read(8), rig.read(12)), (2, 0, 1 << 1));
+    rig.write(HOTPLUG_EJECT_OFFSET, 33);
+    assert!(!is_left(), "the driver let go");
+    assert_eq!(rig.heard(), [], "the host knows already");
+    rig.hotplug.tell_taken(place, remnant());
+    rig.insert(place, None);
+    assert!(!is_left(), "a new device is in the slot");
+    rig.hotplug.tell_taken(place, remnant());
+    rig.hotplug.reset();
+    assert!(!is_left(), "no driver is left");
 }
 
 #[test]
