@@ -179,7 +179,9 @@ mod tests {
 
     #[test]
     fn a_device_that_goes_with_its_claim_may_hold_claims_itself() {
-        struct Holder(Option<BusClaim>);
+        struct Holder {
+            _inner: Option<BusClaim>,
+        }
 
         impl BusDevice for Holder {
             fn read(&self, _offset: u64, _data: &mut [u8]) {}
@@ -187,9 +189,11 @@ mod tests {
         }
 
         let bus = Bus::new();
-        let inner = bus.claim(0, 1, Arc::new(Holder(None))).expect("bus is empty");
+        let inner = bus
+            .claim(0, 1, Arc::new(Holder { _inner: None }))
+            .expect("bus is empty");
         let outer = bus
-            .claim(1, 1, Arc::new(Holder(Some(inner))))
+            .claim(1, 1, Arc::new(Holder { _inner: Some(inner) }))
             .expect("it is free");
         drop(outer);
         assert_eq!(bus.range_count(), 0);

@@ -26,6 +26,10 @@ pub fn trials() -> Vec<Body> {
             "hotplug::a_card_comes_with_its_name_and_goes",
             a_card_comes_with_its_name_and_goes,
         ),
+        Body::new(
+            "hotplug::a_card_taken_by_force_leaves_a_guest_that_works",
+            a_card_taken_by_force_leaves_a_guest_that_works,
+        ),
         Body::new("hotplug::names_arrive_byte_for_byte", names_arrive_byte_for_byte),
     ]
 }

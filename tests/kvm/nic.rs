@@ -106,7 +106,10 @@ fn a_card_comes_carries_packets_and_goes() -> Result<(), Failed> {
     let before = complaints(&mut shell)?;
     let info = add(&guest, NicSpec::new("Fred", tap.name()))?;
     shell.wait_until("test -e /sys/class/net/eth0", WITHIN)?;
-    let seen = format!("cd {} && cat label acpi_index net/eth0/address", sysfs(&info));
+    let seen = format!(
+        "cd {} && cat label acpi_index /sys/class/net/eth0/address",
+        sysfs(&info)
+    );
     let expected = format!("Fred\n1\n{}", info.config.mac);
     assert_eq!(shell.succeed(&seen)?, expected);
     shell.succeed("ip addr add 10.213.50.2/24 dev eth0 && ip link set eth0 up")?;
@@ -258,8 +261,13 @@ fn a_guest_that_ignores_hot_plug() -> Result<(), Failed> {
     );
     assert_eq!(shell.succeed("ls /sys/class/net | grep -c eth")?, "1");
 
-    // It hears of both when it listens again: late, and the events say so.
+    // It listens again, and hears of both with the next request, whose time has passed by then: events say so.
     listen(&mut shell, &device)?;
+    let outcome = ended(&guest.vm.remove_nic(&name("lan")?, Duration::ZERO)?)?;
+    assert!(
+        matches!(outcome, RemoveNicOutcome::NotReleased { .. }),
+        "{outcome}"
+    );
     let (mut gone, mut ready) = (None, false);
     while gone.is_none() || !ready {
         let event = guest
