@@ -331,6 +331,8 @@ fn a_card_that_was_asked_for_goes() -> Result<(), Failed> {
 fn a_card_taken_by_force() -> Result<(), Failed> {
     let tap = Tap::create(Ipv4Addr::new(10, 213, 55, 1))?;
     let (guest, mut shell) = Guest::boot(small("force")?.nic(NicSpec::new("lan", tap.name())))?;
+    // What the kernel said at its boot is not about cards.
+    shell.succeed("dmesg -c >/dev/null")?;
     for round in 0..3 {
         shell.wait_until("test -e /sys/class/net/eth0", WITHIN)?;
         shell.succeed("ip addr add 10.213.55.2/24 dev eth0 && ip link set eth0 up")?;
@@ -350,7 +352,7 @@ fn a_card_taken_by_force() -> Result<(), Failed> {
         assert_eq!(shell.succeed("ls /sys/class/net")?, "lo", "round {round}");
         add(&guest, NicSpec::new("lan", tap.name()))?;
     }
-    let crashed = shell.succeed("dmesg | grep -cE 'BUG|Oops|WARNING|Call Trace' || true")?;
-    assert_eq!(crashed, "0", "{}", complaints(&mut shell)?);
+    let crashed = shell.succeed("dmesg | grep -E -A20 'BUG|Oops|WARNING|Call Trace' || true")?;
+    assert_eq!(crashed, "", "the guest's kernel is in trouble");
     remove(&guest, "lan")
 }
