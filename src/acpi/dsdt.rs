@@ -209,7 +209,7 @@ fn generic_event_device(aml: &mut Vec<u8>) {
         FieldUpdateRule::WriteAsZeroes,
         vec![FieldEntry::Named(*b"ESEL", 32)],
     );
-    let interrupt = edge_interrupt(layout::GED_GSI);
+    let interrupt = level_interrupt(layout::GED_GSI);
     Device::new(
         "GED_".into(),
         vec![
@@ -257,6 +257,11 @@ impl Aml for When<'_> {
 /// An exclusive, edge-triggered, active-high interrupt of the device itself.
 fn edge_interrupt(gsi: u32) -> Interrupt {
     Interrupt::new(true, true, false, false, gsi)
+}
+
+/// An exclusive, level-triggered, active-high interrupt of the device itself.
+fn level_interrupt(gsi: u32) -> Interrupt {
+    Interrupt::new(true, false, false, false, gsi)
 }
 
 /// An address or a size of the platform, which all lie below 4 GiB.

@@ -1,10 +1,11 @@
 //! The Generic Event Device: pending events and the interrupt that announces them (ACPI 6.5 §5.6.9).
 //!
-//! Whoever has news for the guest raises an event: its bit is set in the select register, then the line is triggered.
-//! The guest's `_EVT` reads the register once, which clears it, and notifies one device per bit. Bits that are raised
-//! before the guest reads are told together; one raised after the read triggers the line again, so none is lost.
+//! Whoever has news for the guest raises an event: its bit is set in the select register, and the line is held active
+//! for as long as a bit is set. The guest's `_EVT` reads the register once, which clears it, and notifies one device
+//! per bit. The line is a level, so that a guest which does not listen yet, early in its boot, hears of what is pending
+//! when it does.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::machine::gsi::IrqLine;
 
@@ -31,8 +32,13 @@ impl GedEvent {
 /// The device's state. Every method may be called from any thread and never blocks.
 pub struct Ged {
     line: IrqLine,
-    pending: AtomicU32,
-    paused: AtomicBool,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    pending: u32,
+    paused: bool,
 }
 
 impl Ged {
@@ -40,46 +46,58 @@ impl Ged {
     pub fn new(line: IrqLine) -> Self {
         Self {
             line,
-            pending: AtomicU32::new(0),
-            paused: AtomicBool::new(false),
+            state: Mutex::default(),
         }
     }
 
     /// Tells the guest of `event`, or does so when the device is resumed.
     pub fn raise(&self, event: GedEvent) {
-        self.pending.fetch_or(event.bit(), Ordering::SeqCst);
-        self.announce();
+        self.change(|state| state.pending |= event.bit());
     }
 
     /// The events that the guest has not read yet.
     pub fn pending(&self) -> u32 {
-        self.pending.load(Ordering::SeqCst)
+        self.lock().pending
     }
 
     /// The guest reads the select register: tells the pending events and clears them.
     pub fn take_pending(&self) -> u32 {
-        self.pending.swap(0, Ordering::SeqCst)
+        self.change(|state| std::mem::take(&mut state.pending))
     }
 
-    /// Replaces the pending events, for reset and restore. Triggers nothing.
+    /// Replaces the pending events, for reset and restore of a paused device.
     pub fn set_pending(&self, pending: u32) {
-        self.pending.store(pending, Ordering::SeqCst);
+        self.change(|state| state.pending = pending);
     }
 
     /// Keeps the line quiet from now on; events are only collected.
     pub fn pause(&self) {
-        self.paused.store(true, Ordering::SeqCst);
+        self.change(|state| state.paused = true);
     }
 
-    /// Announces what is pending, which after a restore may be a second time; an event told twice is read once.
+    /// Announces what is pending, which may be a second time; an event told twice is read once.
     pub fn resume(&self) {
-        self.paused.store(false, Ordering::SeqCst);
-        self.announce();
+        self.change(|state| state.paused = false);
     }
 
-    fn announce(&self) {
-        if !self.paused.load(Ordering::SeqCst) && self.pending() != 0 {
-            self.line.trigger();
+    /// Changes the state and lets the line follow before anybody else can.
+    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let mut state = self.lock();
+        let before = state.is_active();
+        let result = change(&mut state);
+        if state.is_active() != before {
+            self.line.hold(state.is_active());
         }
+        result
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn is_active(&self) -> bool {
+        !self.paused && self.pending != 0
     }
 }

@@ -1,7 +1,7 @@
 //! ACPI as the guest sees it: tables, the DSDT's devices, the register page with the Generic Event Device, power.
 //!
 //! The platform is hardware-reduced (ACPI 6.5 §4.1): no SCI, no fixed registers, no PM timer. What the guest must be
-//! told goes through one edge-triggered interrupt of the Generic Event Device. AML reads registers when that
+//! told goes through one level-triggered interrupt of the Generic Event Device. AML reads registers when that
 //! interrupt came, and for the names of hot-pluggable devices; otherwise booting costs no exits here.
 //!
 //! | file | what it is |

@@ -16,10 +16,17 @@ use crate::machine::gsi::GsiTable;
 use crate::memory::layout;
 use crate::unit::{PauseTicket, PowerListener, PowerRequest, Section, Unit};
 
-/// A host VM that keeps the eventfd behind the one line it is asked for.
+/// A host VM with one pin, which the GED's line must lead to.
 #[derive(Default)]
 struct LineVm {
-    line: Mutex<Option<(EventFd, u32)>>,
+    pin: Mutex<Pin>,
+}
+
+#[derive(Default)]
+struct Pin {
+    active: bool,
+    /// How often it became active since it was last looked at.
+    rise_count: u64,
 }
 
 impl HostVm for LineVm {
@@ -27,8 +34,15 @@ impl HostVm for LineVm {
         Ok(())
     }
 
-    fn register_irqfd(&self, fd: &EventFd, gsi: u32) -> io::Result<()> {
-        *self.line.lock().unwrap() = Some((fd.try_clone()?, gsi));
+    fn register_irqfd(&self, _fd: &EventFd, _gsi: u32) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn set_line(&self, gsi: u32, active: bool) -> io::Result<()> {
+        assert_eq!(gsi, layout::GED_GSI);
+        let mut pin = self.pin.lock().unwrap();
+        pin.rise_count += u64::from(active && !pin.active);
+        pin.active = active;
         Ok(())
     }
 
@@ -79,11 +93,13 @@ impl Page {
         Self { device, vm, requests }
     }
 
-    /// How often the line was triggered since the last call.
+    /// How often the line became active since the last call.
     fn trigger_count(&self) -> u64 {
-        let line = self.vm.line.lock().unwrap();
-        let (fd, _) = line.as_ref().unwrap();
-        fd.read().unwrap_or(0) // EAGAIN: not once
+        std::mem::take(&mut self.vm.pin.lock().unwrap().rise_count)
+    }
+
+    fn is_active(&self) -> bool {
+        self.vm.pin.lock().unwrap().active
     }
 
     fn read_select(&self) -> u32 {
@@ -103,9 +119,10 @@ fn a_pressed_button_interrupts_and_is_told_once() {
     assert_eq!(page.trigger_count(), 0);
     page.device.press_power_button();
     assert_eq!(page.trigger_count(), 1, "the press interrupts");
+    assert!(page.is_active(), "until the guest reads, whenever it listens");
     assert_eq!(page.read_select(), 1, "bit 0 is the power button");
+    assert!(!page.is_active(), "nothing is pending");
     assert_eq!(page.read_select(), 0, "reading clears");
-    assert_eq!(page.vm.line.lock().unwrap().as_ref().unwrap().1, layout::GED_GSI);
 }
 
 #[test]
@@ -370,7 +387,7 @@ fn the_dsdt_reserves_what_the_layout_says() {
         assert_eq!(count, 1, "{what}: {bytes:02x?}");
     };
     let word = |value: u64| (value as u32).to_le_bytes();
-    let edge = |gsi: u32| [&[0x89, 6, 0, 0b011, 1][..], &gsi.to_le_bytes()].concat();
+    let interrupt = |flags: u8, gsi: u32| [&[0x89, 6, 0, flags, 1][..], &gsi.to_le_bytes()].concat();
     let ports = |base: u16, count: u8| {
         [
             &[0x47, 1][..],
@@ -381,8 +398,12 @@ fn the_dsdt_reserves_what_the_layout_says() {
         .concat()
     };
     let fixed = |base: u64, len: u64| [&[0x86, 9, 0, 1][..], &word(base), &word(len)].concat();
-    holds("interrupt of the serial port", &edge(layout::SERIAL_GSI));
-    holds("interrupt of the GED", &edge(layout::GED_GSI));
+    let (edge, level) = (0b011, 0b001);
+    holds(
+        "interrupt of the serial port",
+        &interrupt(edge, layout::SERIAL_GSI),
+    );
+    holds("interrupt of the GED", &interrupt(level, layout::GED_GSI));
     holds("serial port", &ports(layout::SERIAL_PORT, 8));
     holds("clock", &ports(layout::RTC_PORT, 2));
     holds("panic port", &ports(0x505, 1));

@@ -75,6 +75,10 @@ impl HostVm for FakeVm {
         Ok(())
     }
 
+    fn set_line(&self, _gsi: u32, _active: bool) -> io::Result<()> {
+        Ok(())
+    }
+
     fn set_gsi_routing(&self, _entries: &[kvm_irq_routing_entry]) -> io::Result<()> {
         self.books().routing_count += 1;
         Ok(())

@@ -108,7 +108,7 @@ impl GsiTable {
         })
     }
 
-    /// Connects an edge-triggered line to the I/O APIC's pin `gsi` (0–23).
+    /// Connects a line to the I/O APIC's pin `gsi` (0–23).
     ///
     /// # Errors
     /// [`GsiError::Host`] when the host refuses the irqfd.
@@ -215,7 +215,8 @@ impl Drop for MsiRoute {
     }
 }
 
-/// An edge-triggered line to a pin of the I/O APIC. Dropping it disconnects the line.
+/// A line to a pin of the I/O APIC: an edge by [`IrqLine::trigger`] or a level by [`IrqLine::hold`], as the guest was
+/// told. Dropping it disconnects the line.
 pub struct IrqLine {
     table: Arc<Inner>,
     gsi: u32,
@@ -223,9 +224,16 @@ pub struct IrqLine {
 }
 
 impl IrqLine {
-    /// Raises the interrupt once.
+    /// Raises the interrupt once. A guest whose pin is masked then never hears of it.
     pub fn trigger(&self) {
         trigger(&self.irqfd, self.gsi);
+    }
+
+    /// Holds the line active, or lets go of it. A guest whose pin is masked hears of it when it unmasks the pin.
+    pub fn hold(&self, active: bool) {
+        if let Err(error) = self.table.vm.set_line(self.gsi, active) {
+            log::error!("gsi {}: the line cannot be set: {error}", self.gsi);
+        }
     }
 }
 

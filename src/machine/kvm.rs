@@ -207,6 +207,10 @@ impl HostVm for KvmVm {
         Ok(self.fd.unregister_irqfd(fd, gsi)?)
     }
 
+    fn set_line(&self, gsi: u32, active: bool) -> io::Result<()> {
+        Ok(self.fd.set_irq_line(gsi, active)?)
+    }
+
     fn set_gsi_routing(&self, entries: &[kvm_irq_routing_entry]) -> io::Result<()> {
         let routing =
             KvmIrqRouting::from_entries(entries).map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))?;

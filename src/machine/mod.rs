@@ -36,6 +36,12 @@ pub trait HostVm: Send + Sync {
     /// The host's error.
     fn unregister_irqfd(&self, fd: &EventFd, gsi: u32) -> io::Result<()>;
 
+    /// Makes the pin `gsi` active, or inactive; it stays so.
+    ///
+    /// # Errors
+    /// The host's error.
+    fn set_line(&self, gsi: u32, active: bool) -> io::Result<()>;
+
     /// Replaces the whole interrupt routing table.
     ///
     /// # Errors

@@ -261,13 +261,8 @@ fn a_guest_that_ignores_hot_plug() -> Result<(), Failed> {
     );
     assert_eq!(shell.succeed("ls /sys/class/net | grep -c eth")?, "1");
 
-    // It listens again, and hears of both with the next request, whose time has passed by then: events say so.
+    // It hears of both when it listens again: late, and the events say so.
     listen(&mut shell, &device)?;
-    let outcome = ended(&guest.vm.remove_nic(&name("lan")?, Duration::ZERO)?)?;
-    assert!(
-        matches!(outcome, RemoveNicOutcome::NotReleased { .. }),
-        "{outcome}"
-    );
     let (mut gone, mut ready) = (None, false);
     while gone.is_none() || !ready {
         let event = guest

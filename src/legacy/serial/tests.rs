@@ -41,6 +41,10 @@ impl HostVm for Pin {
         Ok(())
     }
 
+    fn set_line(&self, _gsi: u32, _active: bool) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     fn set_gsi_routing(&self, _entries: &[kvm_irq_routing_entry]) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }
