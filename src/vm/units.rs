@@ -168,6 +168,7 @@ impl Machine for KvmMachine {
             "units": units,
             "ram": { "size_bytes": self.ram.size_bytes(), "resident_bytes": self.ram.resident_bytes().ok() },
             "memslot_count": self.memslots.len(),
+            "msi_count": self.resources.gsi.msi_count(),
         })
     }
 }

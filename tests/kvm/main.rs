@@ -15,8 +15,11 @@ mod guest_image;
 mod hostile;
 mod hotplug;
 mod journal;
+mod labels;
 mod lifecycle;
 mod net;
+mod nic;
+mod nic_cycles;
 mod programs;
 
 use std::process::ExitCode;
@@ -39,6 +42,9 @@ fn main() -> ExitCode {
         block::trials(),
         net::trials(),
         hotplug::trials(),
+        nic::trials(),
+        nic_cycles::trials(),
+        labels::trials(),
         hostile::trials(),
         programs::trials(),
     ]

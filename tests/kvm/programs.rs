@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
@@ -10,6 +11,7 @@ use serde_json::Value;
 
 use crate::Body;
 use crate::harness::artefacts::{Flavour, GuestKernel, INIT_REACHED};
+use crate::harness::tap::Tap;
 
 /// The trials of this file.
 pub fn trials() -> Vec<Body> {
@@ -22,6 +24,11 @@ pub fn trials() -> Vec<Body> {
             "programs::many_vms_leave_nothing_behind",
             many_vms_leave_nothing_behind,
         ),
+        Body::new(
+            "programs::hot_add_nic_adds_renames_and_removes",
+            hot_add_nic_adds_renames_and_removes,
+        ),
+        Body::new("programs::vmm_changes_network_cards_by_text", vmm_changes_cards),
         Body::new(
             "programs::vmm_obeys_text_and_keeps_its_vm",
             vmm_obeys_text_and_keeps_its_vm,
@@ -65,6 +72,25 @@ fn boot_ends_with_the_guest() -> Result<(), Failed> {
         "{said}\n{errors}"
     );
     assert!(errors.contains("the guest ended: GuestPowerOff"), "{errors}");
+    Ok(())
+}
+
+fn hot_add_nic_adds_renames_and_removes() -> Result<(), Failed> {
+    let kernel = GuestKernel::find(Flavour::Cloud)?;
+    let tap = Tap::create(Ipv4Addr::new(10, 213, 60, 1))?;
+    let output = Command::new(example("hot_add_nic")?)
+        .arg(&kernel.elf)
+        .arg(&kernel.initramfs)
+        .arg(tap.name())
+        .output()?;
+    let (said, errors) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    assert!(
+        output.status.success() && said.contains("it is gone: the guest let go of it"),
+        "{said}\n{errors}"
+    );
     Ok(())
 }
 
@@ -161,7 +187,7 @@ impl Places {
     }
 
     /// Makes a VM in the directory `vm` with a read-only disk, and starts the program on it.
-    fn make_vm(&self) -> Result<Vmm, Failed> {
+    fn make_vm(&self, options: &[(&str, &str)]) -> Result<Vmm, Failed> {
         let kernel = GuestKernel::find(Flavour::Cloud)?;
         fs::write(self.path("disk.img"), vec![0; 1 << 20])?;
         let pairs = [
@@ -176,13 +202,11 @@ impl Places {
                 "--disk",
                 format!("name=data,path={},readonly", self.path("disk.img")),
             ),
-            ("--config-version", "1.0".to_owned()),
             ("--console", self.path("console")),
         ];
-        let words: Vec<&str> = pairs
-            .iter()
-            .flat_map(|(option, value)| [*option, value])
-            .collect();
+        let pairs = pairs.iter().map(|(option, value)| (*option, value.as_str()));
+        let pairs = pairs.chain(options.iter().copied());
+        let words: Vec<&str> = pairs.flat_map(|(option, value)| [option, value]).collect();
         Vmm::start(&words)
     }
 }
@@ -192,7 +216,7 @@ fn vmm_obeys_text_and_keeps_its_vm() -> Result<(), Failed> {
         folder: tempfile::tempdir()?,
     };
     let (state, console) = (places.path("vm"), places.path("console"));
-    let mut vmm = places.make_vm()?;
+    let mut vmm = places.make_vm(&[("--config-version", "1.0")])?;
     let status = vmm.accept("status")?;
     assert_eq!(
         (&status["state"], &status["operation"], &status["name"]),
@@ -248,6 +272,81 @@ fn vmm_obeys_text_and_keeps_its_vm() -> Result<(), Failed> {
     vmm.accept("start")?;
     drop(vmm.input);
     assert!(vmm.child.wait()?.success());
+    Ok(())
+}
+
+fn vmm_changes_cards() -> Result<(), Failed> {
+    let places = Places {
+        folder: tempfile::tempdir()?,
+    };
+    let taps = [
+        Tap::create(Ipv4Addr::new(10, 213, 61, 1))?,
+        Tap::create(Ipv4Addr::new(10, 213, 62, 1))?,
+    ];
+    let mut vmm = places.make_vm(&[("--config-version", "2.0")])?;
+    let (first, second) = (taps[0].name(), taps[1].name());
+    vmm.accept(&format!("nic add name='the \"red\" one',tap={first}"))?;
+    let status = vmm.accept("status")?;
+    let nic = &status["nics"][0];
+    assert_eq!(
+        (&nic["name"], &nic["acpi_index"], &nic["link"], &nic["state"]),
+        (&"the \"red\" one".into(), &1.into(), &"up".into(), &Value::Null)
+    );
+    vmm.accept("start")?;
+    let added = vmm.accept(&format!(
+        r#"nic add "name=a\\b,, c,tap={second},mac=52:54:00:00:00:07" 300"#
+    ))?;
+    assert_eq!(
+        (&added["nic"]["name"], &added["nic"]["mac"]),
+        (&"a\\b, c".into(), &"52:54:00:00:00:07".into())
+    );
+    let status = vmm.accept("status")?;
+    assert_eq!(
+        (
+            &status["nics"][1]["acpi_index"],
+            &status["nics"][1]["driver_ready"]
+        ),
+        (&2.into(), &true.into())
+    );
+    vmm.accept(r#"nic rename 'a\b, c' Fred"#)?;
+    vmm.accept("nic link Fred down")?;
+    assert_eq!(vmm.accept("status")?["nics"][1]["link"], "down");
+    assert_eq!(
+        vmm.refuse(r#"nic rename Fred "the \"red\" one""#)?,
+        "two network cards are called the \"red\" one"
+    );
+    assert_eq!(
+        vmm.refuse("nic remove nobody")?,
+        "the vm has no network card nobody"
+    );
+    assert_eq!(vmm.refuse("nic link Fred 'up")?, "the quote ' is not closed");
+    assert!(vmm.refuse("nic dance")?.starts_with("the commands are nic add "));
+    vmm.accept("nic remove Fred 300")?;
+    vmm.accept("nic remove 'the \"red\" one' force")?;
+    assert_eq!(vmm.accept("status")?["nics"], Value::Array(Vec::new()));
+    vmm.accept(&format!("nic add name=last,tap={second} 300"))?;
+    vmm.accept("quit")?;
+    assert!(vmm.child.wait()?.success());
+    let events: Vec<_> = vmm
+        .events
+        .iter()
+        .filter_map(|event| event["event"].as_str())
+        .collect();
+    for expected in [
+        "nic-attached",
+        "nic-driver-ready",
+        "nic-eject-requested",
+        "nic-removed",
+        "nic-renamed",
+        "nic-link",
+    ] {
+        assert!(events.contains(&expected), "no {expected} in {events:?}");
+    }
+    // What was added while the guest ran is there again.
+    let mut vmm = Vmm::start(&["--state-dir", &places.path("vm")])?;
+    let status = vmm.accept("status")?;
+    assert_eq!(status["nics"].as_array().map(Vec::len), Some(1), "{status}");
+    assert_eq!(status["nics"][0]["name"], "last");
     Ok(())
 }
 

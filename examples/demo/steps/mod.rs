@@ -7,6 +7,7 @@ pub mod ends;
 pub mod look;
 pub mod make;
 pub mod network;
+pub mod new_card;
 pub mod pause;
 pub mod power_button;
 pub mod reset;
