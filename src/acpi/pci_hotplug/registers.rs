@@ -76,7 +76,7 @@ struct State {
     selected: Selected,
     slots: BTreeMap<Bdf, Slot>,
     /// Of devices that were taken by force, until the guest lets go of them.
-    remnants: BTreeMap<Bdf, BusClaim>,
+    remnants: BTreeMap<Bdf, Option<BusClaim>>,
 }
 
 /// The name of the selected slot as the guest reads it.
@@ -93,7 +93,8 @@ struct Slot {
 
 enum Place {
     Seen(OccupiedSlot),
-    /// The guest has ejected it, and the host has not taken it away.
+    /// The guest has ejected it, and the host has not taken it away; or it waits for the guest to let go of the device
+    /// that was taken out of its slot by force.
     Ejected(SlotReservation),
 }
 
@@ -110,7 +111,10 @@ pub enum Removed {
 /// What a write to the eject register did.
 enum Ejected {
     Device,
-    Remnant,
+    /// `awaited` tells whether a new device is in the slot.
+    Remnant {
+        awaited: bool,
+    },
     Nothing,
 }
 
@@ -126,21 +130,29 @@ impl PciHotplug {
     }
 
     /// Makes `device` visible in its slot as one that can be ejected: the last step of adding it. A guest that runs
-    /// already hears of it by [`PciHotplug::announce`].
+    /// already hears of it by [`PciHotplug::announce`]. Where the guest has not let go yet of a device that was taken by
+    /// force, the new one is shown and announced when it has: the guest would eject one for the other.
     pub fn insert(&self, slot: SlotReservation, device: Arc<dyn PciDevice>, name: Option<SlotName>) {
         let bdf = slot.bdf();
-        let place = Place::Seen(slot.occupy(device.clone()));
-        let slot = Slot { device, place, name };
         let mut state = self.lock();
-        state.remnants.remove(&bdf);
-        state.slots.insert(bdf, slot);
+        let place = if state.remnants.contains_key(&bdf) {
+            Place::Ejected(slot)
+        } else {
+            Place::Seen(slot.occupy(device.clone()))
+        };
+        state.slots.insert(bdf, Slot { device, place, name });
     }
 
     /// Asks the guest to look at the slot.
     pub fn announce(&self, bdf: Bdf) {
-        if let Some(bits) = self.lock().changed.get_mut(usize::from(bdf.segment())) {
+        let mut state = self.lock();
+        if state.remnants.contains_key(&bdf) {
+            return;
+        }
+        if let Some(bits) = state.changed.get_mut(usize::from(bdf.segment())) {
             *bits |= bit(bdf);
         }
+        drop(state);
         self.acpi.raise(GedEvent::PciHotplug);
     }
 
@@ -173,7 +185,7 @@ impl PciHotplug {
     /// `remnant` at its addresses.
     pub fn tell_taken(&self, bdf: Bdf, remnant: Option<BusClaim>) {
         let mut state = self.lock();
-        state.remnants.extend(remnant.map(|remnant| (bdf, remnant)));
+        state.remnants.insert(bdf, remnant);
         state.request_eject(bdf);
         drop(state);
         self.acpi.raise(GedEvent::PciHotplug);
@@ -192,7 +204,8 @@ impl PciHotplug {
         let ejected = slot_of(number).map(|bdf| (bdf, self.lock().eject(bdf)));
         match ejected {
             Some((bdf, Ejected::Device)) => self.listener.ejected(bdf),
-            Some((_, Ejected::Remnant)) => {}
+            Some((bdf, Ejected::Remnant { awaited: true })) => self.announce(bdf),
+            Some((_, Ejected::Remnant { awaited: false })) => {}
             Some((_, Ejected::Nothing)) | None => self.log.warn(format_args!(
                 "the guest ejects slot {number:#x}, where nothing can be ejected"
             )),
@@ -208,7 +221,9 @@ impl State {
     /// Hides the device at `bdf`, or removes what is left of one.
     fn eject(&mut self, bdf: Bdf) -> Ejected {
         if self.remnants.remove(&bdf).is_some() {
-            return Ejected::Remnant;
+            self.show(bdf);
+            let awaited = self.slots.contains_key(&bdf);
+            return Ejected::Remnant { awaited };
         }
         match self.slots.remove(&bdf) {
             Some(Slot {
@@ -237,15 +252,19 @@ impl State {
 
     /// Shows every device that was ejected and is still here.
     fn show_all(&mut self) {
-        let slots = std::mem::take(&mut self.slots);
-        let seen = |(bdf, Slot { device, place, name })| {
+        let all: Vec<_> = self.slots.keys().copied().collect();
+        all.into_iter().for_each(|bdf| self.show(bdf));
+    }
+
+    /// Shows the device at `bdf`, if there is one.
+    fn show(&mut self, bdf: Bdf) {
+        if let Some(Slot { device, place, name }) = self.slots.remove(&bdf) {
             let place = match place {
                 Place::Ejected(reservation) => Place::Seen(reservation.occupy(device.clone())),
                 Place::Seen(slot) => Place::Seen(slot),
             };
-            (bdf, Slot { device, place, name })
-        };
-        self.slots = slots.into_iter().map(seen).collect();
+            self.slots.insert(bdf, Slot { device, place, name });
+        }
     }
 
     fn forget_events(&mut self, bdf: Bdf) {

@@ -194,11 +194,27 @@ fn what_is_left_of_a_device_taken_by_force_goes_with_its_driver() {
     assert!(!is_left(), "the driver let go");
     assert_eq!(rig.heard(), [], "the host knows already");
     rig.hotplug.tell_taken(place, remnant());
-    rig.insert(place, None);
-    assert!(!is_left(), "a new device is in the slot");
-    rig.hotplug.tell_taken(place, remnant());
     rig.hotplug.reset();
     assert!(!is_left(), "no driver is left");
+}
+
+#[test]
+fn a_device_waits_until_the_guest_has_let_go_of_the_one_before() {
+    let rig = Rig::new();
+    let place = bdf(0, 8);
+    rig.insert(place, None);
+    drop(rig.hotplug.remove(place));
+    rig.hotplug.tell_taken(place, None);
+    rig.insert(place, None);
+    rig.hotplug.announce(place);
+    assert_eq!((rig.events(), rig.read(0), rig.read(4)), (2, 0, 1 << 8));
+    assert!(!rig.is_seen(place) && !rig.hotplug.request_eject(place));
+    rig.write(HOTPLUG_EJECT_OFFSET, 8);
+    assert_eq!(rig.heard(), [], "it let go of the one before");
+    assert!(rig.is_seen(place));
+    assert_eq!((rig.events(), rig.read(0)), (2, 1 << 8), "and looks again");
+    rig.write(HOTPLUG_EJECT_OFFSET, 8);
+    assert_eq!(rig.heard(), [place]);
 }
 
 #[test]
