@@ -69,14 +69,16 @@ fn failed(error: libtest_mimic::Failed) -> String {
 fn start_qemu() -> Result<(QemuGuest, GuestShell), Box<dyn Error>> {
     let options = QemuOptions {
         cmdline: CMDLINE.to_string(),
-        arguments: ["-device", "pcie-root-port,id=port,slot=1"]
+        arguments: ["-device", "pcie-root-port,id=socket,slot=1"]
             .map(str::to_string)
             .to_vec(),
         ..QemuOptions::default()
     };
     let guest = QemuGuest::start(&GuestKernel::find(Flavour::Cloud)?, &options)?;
-    let shell = GuestShell::connect(guest.port()?, BOOT_WITHIN)?;
-    Ok((guest, shell))
+    match GuestShell::connect(guest.port()?, BOOT_WITHIN) {
+        Ok(shell) => Ok((guest, shell)),
+        Err(error) => Err(format!("{error}\n{}", guest.console()).into()),
+    }
 }
 
 /// Does `call` while the guest waits for `until`, and tells the seconds from the call to the guest's answer.
@@ -120,7 +122,7 @@ fn qemu_card(qemu: &QemuGuest, shell: &mut GuestShell, tap: &Tap) -> Result<(f64
             tap.name()
         );
         qemu.command(&netdev)?;
-        qemu.command("device_add virtio-net-pci,netdev=n,id=card,bus=port,romfile=")?;
+        qemu.command("device_add virtio-net-pci,netdev=n,id=card,bus=socket,romfile=")?;
         Ok(())
     })?;
     let go = timed(shell, GONE, || {
