@@ -175,7 +175,6 @@ impl<D: VirtioDevice> Driven<D> {
             ));
         }
         self.device.activate(Activation {
-            memory: self.memory.clone(),
             driver_features: self.features,
             queues,
             interrupt,

@@ -90,7 +90,7 @@ impl Machine {
                 gsi: gsi.clone(),
                 ioevents: IoEvents::new(vm.clone()),
                 event_loop: event_loop.handle(),
-                memory: memory.clone(),
+                memory: memory.clone().into(),
                 listener: Arc::new(Deaf),
             },
             vm,

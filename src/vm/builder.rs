@@ -234,7 +234,7 @@ impl Assembly {
             gsi: gsi.clone(),
             ioevents: IoEvents::new(vm.clone()),
             event_loop: event_loop.handle(),
-            memory: ram.memory().clone(),
+            memory: ram.memory().clone().into(),
             listener: Arc::new(mailbox.clone()),
         };
         let pci = Arc::new(PciRoot::new(&buses.mmio)?);

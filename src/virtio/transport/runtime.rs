@@ -17,6 +17,7 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Weak};
 
 use virtio_queue::QueueT;
+use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::common_config::CommonConfig;
@@ -170,7 +171,7 @@ impl Shared {
         let mut queues = Vec::with_capacity(core.config.queues.len());
         for ((queue_index, setup), position) in (0..).zip(&core.config.queues).zip(positions) {
             if setup.enabled {
-                let ring = setup.build(*position, event_idx, &self.memory);
+                let ring = setup.build(*position, event_idx, &self.memory.memory());
                 let ring = ring.map_err(|error| DeviceFault::Queue {
                     queue_index,
                     reason: error.to_string(),
@@ -185,7 +186,6 @@ impl Shared {
             }
         }
         let activation = Activation {
-            memory: self.memory.clone(),
             driver_features,
             queues,
             interrupt: self.interrupts.clone(),

@@ -113,7 +113,7 @@ impl Rig {
             gsi: gsi.clone(),
             ioevents: IoEvents::new(vm.clone()),
             event_loop: event_loop.handle(),
-            memory: memory.clone(),
+            memory: memory.clone().into(),
             listener: listener.clone(),
         };
         let (sender, calls) = channel();
