@@ -30,7 +30,7 @@ pub use memory::{
     STARTUP_STEP_BYTES,
 };
 pub use nic::{NicConfig, NicSpec, QUEUE_PAIRS_MAX, TAP_NAME_MAX_BYTES};
-pub use slots::{CONSOLE_BDF, PLATFORM_SLOT_COUNT, RNG_BDF, SEGMENT_COUNT};
+pub use slots::{BALLOON_BDF, CONSOLE_BDF, MEM_BDF, PLATFORM_SLOT_COUNT, RNG_BDF, SEGMENT_COUNT};
 pub use state_dir::{StateDir, StateDirError};
 pub use version::{ConfigVersion, Feature, NeedsVersion, ParseVersionError};
 
@@ -90,6 +90,16 @@ impl VmConfig {
     /// The VM's memory.
     pub fn memory(&self) -> &MemoryConfig {
         &self.memory
+    }
+
+    /// The same VM with another assigned size, see [`MemoryConfig::assigned_bytes`].
+    ///
+    /// # Errors
+    /// [`ConfigError::MemoryRange`] with the limits.
+    pub fn with_assigned_memory(&self, assigned_bytes: u64) -> Result<Self, ConfigError> {
+        let mut config = self.clone();
+        config.memory = self.memory.with_assigned(assigned_bytes)?;
+        Ok(config)
     }
 
     /// What the guest is started from.

@@ -10,14 +10,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
-use super::file::{host_memory_bytes, memory_file};
+use super::file::{host_memory_bytes, memory_file, punch, resident_bytes};
 use super::layout::{HIGH_RAM_START, LOW_RAM_END};
 use crate::machine::memslots::{Memslot, MemslotError, Memslots};
 
@@ -33,6 +31,13 @@ pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
 pub struct RamOptions {
     /// Takes the RAM from the host's pool of 2 MiB pages (hugetlb), all of it reserved at once.
     pub huge_pages: bool,
+}
+
+impl RamOptions {
+    /// The least that can be taken from the host or given back, in bytes.
+    pub const fn page_bytes(self) -> u64 {
+        if self.huge_pages { HUGE_PAGE_BYTES } else { 4096 }
+    }
 }
 
 /// One piece of guest RAM.
@@ -52,6 +57,7 @@ pub struct GuestRam {
     memory: Arc<GuestMemoryMmap>,
     file: Arc<File>,
     ranges: Vec<RamRange>,
+    page_bytes: u64,
 }
 
 /// Why RAM cannot be had.
@@ -136,6 +142,7 @@ impl GuestRam {
             memory: Arc::new(memory),
             file,
             ranges,
+            page_bytes: options.page_bytes(),
         })
     }
 
@@ -164,8 +171,7 @@ impl GuestRam {
     /// # Errors
     /// The host's error.
     pub fn resident_bytes(&self) -> io::Result<u64> {
-        // st_blocks counts units of 512 bytes whatever the block size is (stat(2)).
-        Ok(self.file.metadata()?.blocks() * 512)
+        resident_bytes(&self.file)
     }
 
     /// Makes the RAM all zero and gives it back to the host, as a power cycle does. Called while no vCPU runs and no
@@ -174,12 +180,28 @@ impl GuestRam {
     /// # Errors
     /// The host's error; the content is then unspecified.
     pub fn clear(&self) -> io::Result<()> {
-        let length = i64::try_from(self.size_bytes()).map_err(io::Error::other)?;
-        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        // SAFETY: the descriptor is our own; the pages of the mapping stay valid and read as zeros from now on, which
-        // volatile accesses allow for as they do for the guest's writes.
-        if unsafe { libc::fallocate(self.file.as_raw_fd(), mode, 0, length) } != 0 {
-            return Err(io::Error::last_os_error());
+        punch(&self.file, 0, self.size_bytes())
+    }
+
+    /// Gives the whole pages in `address..address + length_bytes` that are RAM back to the host: they read as zeros
+    /// until the guest writes to them again. The range may come from the guest.
+    ///
+    /// # Errors
+    /// The host's error; a part may be given back.
+    pub fn discard(&self, address: u64, length_bytes: u64) -> io::Result<()> {
+        let end = address.saturating_add(length_bytes);
+        for range in &self.ranges {
+            let start = address.max(range.guest_address);
+            let end = end.min(range.guest_address + range.size_bytes);
+            let start = start.next_multiple_of(self.page_bytes);
+            let end = end - end % self.page_bytes;
+            if start < end {
+                punch(
+                    &self.file,
+                    start - range.guest_address + range.file_offset,
+                    end - start,
+                )?;
+            }
         }
         Ok(())
     }
@@ -224,7 +246,11 @@ fn check(size_bytes: u64, options: RamOptions, address_bits: u32, host_bytes: u6
             host_bytes,
         });
     }
-    let end = guest_end(size_bytes);
+    check_end(size_bytes, guest_end(size_bytes), address_bits)
+}
+
+/// Checks that the guest can address memory of `size_bytes` up to `end`.
+pub(super) fn check_end(size_bytes: u64, end: u64, address_bits: u32) -> Result<(), RamError> {
     if address_bits < u64::BITS && end > 1 << address_bits {
         return Err(RamError::BeyondAddress {
             size_bytes,
@@ -263,7 +289,7 @@ fn split(size_bytes: u64) -> Vec<RamRange> {
 }
 
 /// Maps one piece of the file.
-fn map(file: &Arc<File>, range: RamRange, options: RamOptions) -> io::Result<GuestRegionMmap> {
+pub(super) fn map(file: &Arc<File>, range: RamRange, options: RamOptions) -> io::Result<GuestRegionMmap> {
     let length = usize::try_from(range.size_bytes).map_err(io::Error::other)?;
     // Huge pages are reserved by the mapping: without them, a guest's access would kill this process.
     let no_reserve = if options.huge_pages {

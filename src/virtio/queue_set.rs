@@ -67,7 +67,10 @@ impl DeviceQueue {
             queue_index,
             reason: error.to_string(),
         };
-        let mut available = self.queue.iter(self.memory.memory().into_inner()).map_err(fault)?;
+        let mut available = self
+            .queue
+            .iter(self.memory.memory().into_inner())
+            .map_err(fault)?;
         Ok(available.next())
     }
 
