@@ -52,6 +52,23 @@ pub enum EventKind {
     DriverReady { unit: UnitName, ready: bool },
     /// A driver broke the rules; its device does nothing until the driver resets it.
     DeviceNeedsReset { unit: UnitName, reason: String },
+    /// The guest's memory is on its way to what was asked for; all in bytes. Told about sixteen times on a way.
+    MemoryProgress {
+        #[serde(rename = "requested")]
+        requested_bytes: u64,
+        #[serde(rename = "reached")]
+        reached_bytes: u64,
+    },
+    /// The guest's memory is what was asked for, or will not come closer for the reason given; all in bytes.
+    MemorySettled {
+        #[serde(rename = "requested")]
+        requested_bytes: u64,
+        #[serde(rename = "reached")]
+        reached_bytes: u64,
+        #[serde(rename = "guest_total")]
+        guest_total_bytes: Option<u64>,
+        reason: &'static str,
+    },
     /// This stream fell behind and lost events.
     Lost { count: u64 },
 }

@@ -65,6 +65,8 @@ pub(super) enum Notice {
     Power(PowerRequest),
     DriverReady { unit: UnitName, ready: bool },
     NeedsReset { unit: UnitName, reason: String },
+    /// What the guest has of its memory changed, or it told of it; the machine tells what.
+    Memory,
 }
 
 impl Notice {
@@ -74,7 +76,8 @@ impl Notice {
             (Self::Power(request), Self::Power(other)) => request == other,
             (Self::DriverReady { unit, .. }, Self::DriverReady { unit: other, .. })
             | (Self::NeedsReset { unit, .. }, Self::NeedsReset { unit: other, .. }) => unit == other,
-            (Self::Power(_) | Self::DriverReady { .. } | Self::NeedsReset { .. }, _) => false,
+            (Self::Memory, Self::Memory) => true,
+            (Self::Power(_) | Self::Memory | Self::DriverReady { .. } | Self::NeedsReset { .. }, _) => false,
         }
     }
 }
@@ -138,6 +141,11 @@ impl Mailbox {
             generation: self.generation,
             report,
         });
+    }
+
+    /// What the guest has of its memory changed, or it told of it.
+    pub fn memory_changed(&self) {
+        self.notice(Notice::Memory);
     }
 
     /// A vCPU that was told to park stands still now.

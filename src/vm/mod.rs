@@ -8,6 +8,7 @@ mod error;
 pub mod fake;
 pub mod host;
 mod mailbox;
+pub mod memory;
 pub mod operation;
 mod ops;
 pub mod platform;

@@ -23,6 +23,7 @@ use crate::virtio::console::{ConnectError, ConsoleError};
 use crate::virtio::net::NetError;
 use crate::virtio::transport::TransportError;
 use crate::vm::mailbox::Mailbox;
+use crate::vm::memory::machine::MachineMemory;
 
 /// Makes machines.
 pub trait Platform: Send + Sync {
@@ -69,6 +70,9 @@ pub trait Machine: Send + Sync {
 
     /// Tells every vCPU to stop for good. Dropping the machine afterwards waits for their threads.
     fn tear_down(&self);
+
+    /// The guest's memory, as far as it changes at run time.
+    fn memory(&self) -> &dyn MachineMemory;
 
     /// What is known of the devices.
     fn devices(&self) -> Vec<DeviceStatus>;

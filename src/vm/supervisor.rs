@@ -17,6 +17,7 @@ use crate::state::State;
 use crate::vm::error::RequestError;
 use crate::vm::mailbox::{Mailbox, Message, Notice, Notices, Report, Request};
 use crate::vm::operation::{Ended, Operation, OperationKind, Outcome};
+use crate::vm::ops::memory::{self, MemoryWork};
 use crate::vm::ops::{self, power};
 use crate::vm::platform::{Machine, Platform};
 use crate::vm::shared::Shared;
@@ -41,6 +42,8 @@ pub(super) struct Supervisor {
     pub(super) works: Works,
     /// The directory that keeps the configuration; locked for as long as the supervisor lives.
     pub(super) state_dir: Option<Arc<StateDir>>,
+    /// What is asked of the guest's memory.
+    pub(super) memory: MemoryWork,
     /// When which operation that goes on beside others has had its time.
     deadlines: BTreeSet<(Instant, OperationId)>,
     pub(super) end_cause: Option<EndCause>,
@@ -86,6 +89,7 @@ impl Supervisor {
             worker: None,
             works: Works::new(sender.clone()),
             state_dir: state_dir.map(Arc::new),
+            memory: MemoryWork::default(),
             deadlines: BTreeSet::new(),
             end_cause: None,
             sender,
@@ -197,6 +201,7 @@ impl Supervisor {
         match notice {
             Notice::Power(request) => power::guest_request(self, request),
             Notice::DriverReady { unit, ready } => self.publish(EventKind::DriverReady { unit, ready }),
+            Notice::Memory => memory::look(self),
             Notice::NeedsReset { unit, reason } => {
                 self.publish(EventKind::DeviceNeedsReset { unit, reason });
             }
@@ -229,9 +234,15 @@ impl Supervisor {
         Operation::begin(id, kind)
     }
 
+    /// Gives an operation that goes on beside others until `deadline`.
+    pub(super) fn put_off(&mut self, id: OperationId, deadline: Option<Instant>) {
+        self.deadlines.retain(|(_, other)| *other != id);
+        self.deadlines.extend(deadline.map(|deadline| (deadline, id)));
+    }
+
     /// Ends an operation that goes on beside others: first the event, then the waiting callers.
     pub(super) fn end_beside<O: Ended>(&mut self, operation: &Operation<O>, outcome: O) {
-        self.deadlines.retain(|(_, id)| *id != operation.id());
+        self.put_off(operation.id(), None);
         self.publish_end(operation, &outcome);
         operation.end(outcome);
     }

@@ -1,9 +1,12 @@
 //! What the supervisor does, one file per noun. Each function is called on the supervisor's thread and never blocks.
 
+pub(super) mod memory;
 pub(super) mod power;
 
 use crate::ids::OperationId;
 use crate::vm::supervisor::Supervisor;
 
 /// The operation `id`, which goes on beside others, has had its time.
-pub(super) fn deadline_passed(_vm: &mut Supervisor, _id: OperationId) {}
+pub(super) fn deadline_passed(vm: &mut Supervisor, id: OperationId) {
+    memory::deadline_passed(vm, id);
+}
