@@ -9,9 +9,12 @@ pub mod block;
 pub mod console;
 pub mod device;
 pub mod features;
+pub mod mem;
 pub mod net;
 pub mod queue_set;
 pub mod rng;
 pub mod spec;
 pub mod status;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod transport;
