@@ -5,6 +5,7 @@
 //! reset. The transport owns status, features, queue set-up, interrupts, pausing and saving of all that, once for
 //! all devices.
 
+pub mod balloon;
 pub mod block;
 pub mod console;
 pub mod device;

@@ -99,6 +99,9 @@ impl<D: VirtioDevice> Driver<D> {
     }
 
     fn activate(&mut self, driver_features: u64, indices: &[u16]) {
+        for index in indices {
+            self.scribble(u64::from(*index) * RING_BYTES, &[0; RING_BYTES as usize]);
+        }
         self.rings = indices.iter().map(|index| (*index, Ring::default())).collect();
         let queues = indices.iter().map(|index| self.ring(*index, 0)).collect();
         self.hand_over(driver_features, queues);
@@ -140,9 +143,6 @@ impl<D: VirtioDevice> Driver<D> {
 
     fn ring(&self, index: u16, next: u16) -> DeviceQueue {
         let base = u64::from(index) * RING_BYTES;
-        if next == 0 {
-            self.scribble(base, &[0; RING_BYTES as usize]);
-        }
         let mut queue = Queue::new(QUEUE_SIZE).expect("a power of two");
         queue.set_desc_table_address(Some(base as u32), Some(0));
         queue.set_avail_ring_address(Some((base + AVAILABLE) as u32), Some(0));
