@@ -28,7 +28,8 @@ pub struct MemoryConfig {
     /// [`RUNTIME_MEMORY_STEP_BYTES`], at most [`MEMORY_MAX_BYTES`].
     pub maximum_bytes: u64,
     /// The size to which a running guest can be brought down, in bytes; a multiple of [`STARTUP_STEP_BYTES`] from
-    /// [`MemoryConfig::floor_bytes`] to the start-up size. At the start-up size the guest has no balloon.
+    /// [`MemoryConfig::floor_bytes`] to the start-up size. If maximum and minimum
+    /// both are the start-up size, the guest is spared the balloon.
     pub minimum_bytes: u64,
     /// The size that the guest is given when it has started, in bytes, from the minimum to the maximum.
     pub assigned_bytes: u64,

@@ -109,7 +109,6 @@ impl<D: VirtioDevice> Driver<D> {
 
     fn hand_over(&mut self, driver_features: u64, queues: Vec<DeviceQueue>) {
         let activation = Activation {
-            memory: self.memory.clone(),
             driver_features,
             queues,
             interrupt: self.interrupts.clone(),

@@ -9,7 +9,7 @@ use crate::acpi::pvpanic::{PVPANIC_PORT, Pvpanic};
 use crate::acpi::tables::AcpiTables;
 use crate::boot::BootSource;
 use crate::bus::{Bus, BusClaim, BusDevice};
-use crate::config::{CONSOLE_BDF, DiskConfig, NicConfig, RNG_BDF, VmConfig};
+use crate::config::{BALLOON_BDF, CONSOLE_BDF, DiskConfig, MEM_BDF, NicConfig, RNG_BDF, VmConfig};
 use crate::event_loop::EventLoop;
 use crate::ids::{Bdf, UnitName};
 use crate::legacy::i8042::I8042;
@@ -23,6 +23,7 @@ use crate::machine::irqchip::{Irqchip, Pit};
 use crate::machine::kvm::{Kvm, KvmVm};
 use crate::machine::memslots::Memslots;
 use crate::machine::vcpu::{Buses, Vcpu};
+use crate::memory::host::HostMemory;
 use crate::memory::layout::{
     ACPI_REGISTERS_BASE, GED_GSI, I8042_COMMAND_PORT, RTC_PORT, SERIAL_GSI, SERIAL_PORT, SERIAL_PORT_COUNT,
 };
@@ -38,18 +39,25 @@ use crate::virtio::rng::Rng;
 use crate::virtio::transport::{TransportResources, VirtioPciDevice};
 use crate::vm::host::{HostDevices, HostPort};
 use crate::vm::mailbox::Mailbox;
+use crate::vm::memory_units::{MemoryUnits, new_runtime};
 use crate::vm::platform::{BuildError, Machine, Platform};
 use crate::vm::units::KvmMachine;
 
 /// Builds machines on this host's KVM, with devices that get their host side from `H`.
 pub struct KvmPlatform<H> {
     host: H,
+    memory: HostMemory,
 }
 
 impl<H: HostDevices> KvmPlatform<H> {
-    /// Uses `host` for every machine built.
+    /// Uses `host` for every machine built. What the host can promise to its VMs is shared by the VMs of this platform.
     pub fn new(host: H) -> Self {
-        Self { host }
+        Self::with_memory(host, HostMemory::default())
+    }
+
+    /// The same, with what the host can promise shared by all platforms that have a clone of `memory`.
+    pub fn with_memory(host: H, memory: HostMemory) -> Self {
+        Self { host, memory }
     }
 }
 
@@ -76,16 +84,21 @@ impl<H: HostDevices> Platform for KvmPlatform<H> {
         let kvm = Kvm::open()?;
         check_vcpus(&kvm, config)?;
         let boot = open_boot(config)?;
-        let mut assembly = Assembly::new(&kvm, new_ram(&kvm, config)?, mailbox)?;
+        let mut assembly = Assembly::new(&kvm, config, &self.memory, mailbox)?;
         assembly.add_platform(self.serial_output()?)?;
         let entropy = |source| BuildError::Host {
             what: "its source of entropy",
             source,
         };
-        assembly.add_virtio(rng_name(), RNG_BDF, Box::new(Rng::new().map_err(entropy)?))?;
+        assembly.add_virtio(
+            platform_name("rng"),
+            RNG_BDF,
+            Box::new(Rng::new().map_err(entropy)?),
+        )?;
         if let Some(console) = self.console()? {
-            assembly.add_virtio(console_name(), CONSOLE_BDF, Box::new(console))?;
+            assembly.add_virtio(platform_name("console"), CONSOLE_BDF, Box::new(console))?;
         }
+        assembly.add_memory(config)?;
         for disk in config.disks() {
             let eventfd = |source| BuildError::Host {
                 what: "an eventfd for a disk",
@@ -192,18 +205,15 @@ fn queue_count(config: &VmConfig) -> u16 {
     config.cpu_count().clamp(1, 4).into()
 }
 
-fn rng_name() -> UnitName {
-    UnitName::new("rng").expect("a short name")
-}
-
-fn console_name() -> UnitName {
-    UnitName::new("console").expect("a short name")
+fn platform_name(name: &'static str) -> UnitName {
+    UnitName::new(name).expect("a short name")
 }
 
 /// A machine that is being built.
 struct Assembly {
     vm: Arc<KvmVm>,
-    ram: GuestRam,
+    memory: MemoryUnits,
+    ram: Arc<GuestRam>,
     memslots: Vec<crate::machine::memslots::Memslot>,
     buses: Buses,
     gsi: GsiTable,
@@ -219,9 +229,21 @@ struct Assembly {
 }
 
 impl Assembly {
-    fn new(kvm: &Kvm, ram: GuestRam, mailbox: Mailbox) -> Result<Self, BuildError> {
+    fn new(
+        kvm: &Kvm,
+        config: &VmConfig,
+        host_memory: &HostMemory,
+        mailbox: Mailbox,
+    ) -> Result<Self, BuildError> {
         let vm = kvm.create_vm()?;
-        let memslots = ram.plug_in(&Memslots::new(vm.clone(), kvm.memslot_count_max()))?;
+        let ram = Arc::new(new_ram(kvm, config)?);
+        let all_memslots = Memslots::new(vm.clone(), kvm.memslot_count_max());
+        let memslots = ram.plug_in(&all_memslots)?;
+        let runtime = new_runtime(config, &ram, kvm.physical_address_bits(), all_memslots)?;
+        let memory = match &runtime {
+            Some(runtime) => runtime.memory().clone(),
+            None => ram.memory().clone().into(),
+        };
         let gsi = GsiTable::new(vm.clone());
         gsi.install()?;
         let buses = Buses {
@@ -234,7 +256,7 @@ impl Assembly {
             gsi: gsi.clone(),
             ioevents: IoEvents::new(vm.clone()),
             event_loop: event_loop.handle(),
-            memory: ram.memory().clone().into(),
+            memory,
             listener: Arc::new(mailbox.clone()),
         };
         let pci = Arc::new(PciRoot::new(&buses.mmio)?);
@@ -246,6 +268,7 @@ impl Assembly {
         ];
         Ok(Self {
             vm,
+            memory: MemoryUnits::new(config, host_memory, ram.clone(), runtime, mailbox.clone()),
             ram,
             memslots,
             buses,
@@ -299,12 +322,25 @@ impl Assembly {
         name: UnitName,
         bdf: Bdf,
         device: Box<dyn VirtioDevice>,
-    ) -> Result<(), BuildError> {
+    ) -> Result<Arc<VirtioPciDevice>, BuildError> {
         let reserved = self.pci.reserve(bdf)?;
         let device = VirtioPciDevice::new(device, name, bdf, self.resources.clone())?;
         self.slots.push(reserved.occupy(device.clone()));
         self.units.push(device.clone());
-        self.devices.push(device);
+        self.devices.push(device.clone());
+        Ok(device)
+    }
+
+    /// The devices that change the guest's memory, where the configuration lets it change.
+    fn add_memory(&mut self, config: &VmConfig) -> Result<(), BuildError> {
+        if let Some(mem) = self.memory.new_mem()? {
+            let device = self.add_virtio(platform_name("mem"), MEM_BDF, Box::new(mem))?;
+            self.memory.set_mem(device);
+        }
+        if let Some(balloon) = self.memory.new_balloon(config)? {
+            let device = self.add_virtio(platform_name("balloon"), BALLOON_BDF, Box::new(balloon))?;
+            self.memory.set_balloon(device);
+        }
         Ok(())
     }
 
@@ -333,6 +369,7 @@ impl Assembly {
             acpi,
             tables: AcpiTables::new(cpu_count),
             boot,
+            memory: self.memory,
             ram: self.ram,
             memslots: self.memslots,
         };

@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 
 use crate::config::VmConfig;
 use crate::event::EndCause;
-use crate::unit::{PauseTicket, PowerListener, PowerRequest};
 use crate::memory::host::HostMemoryError;
+use crate::unit::{PauseTicket, PowerListener, PowerRequest};
 use crate::vm::mailbox::Mailbox;
 use crate::vm::memory::machine::{MachineMemory, Observed};
 use crate::vm::memory::plan::Plan;

@@ -63,8 +63,14 @@ pub(super) enum Report {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Notice {
     Power(PowerRequest),
-    DriverReady { unit: UnitName, ready: bool },
-    NeedsReset { unit: UnitName, reason: String },
+    DriverReady {
+        unit: UnitName,
+        ready: bool,
+    },
+    NeedsReset {
+        unit: UnitName,
+        reason: String,
+    },
     /// What the guest has of its memory changed, or it told of it; the machine tells what.
     Memory,
 }

@@ -4,9 +4,10 @@
 //! guest told, and tells the mailbox; the supervisor then looks by [`MachineMemory::observe`].
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::config::VmConfig;
+use crate::machine::memslots::Memslots;
 use crate::memory::host::{HostMemory, HostMemoryError, MemoryPromise};
 use crate::memory::region::{GuestRam, RamOptions};
 use crate::memory::runtime::RuntimeMemory;
@@ -84,7 +85,7 @@ impl MemoryUnits {
         Ok(Some(Mem::new(config, self.changes.clone())?))
     }
 
-    /// The balloon, if the configuration has room below the start-up size.
+    /// The balloon, if the configuration lets the memory change at all. It also tells the guest's total and free pages.
     ///
     /// # Errors
     /// [`BuildError::Balloon`].
@@ -127,7 +128,10 @@ impl MemoryUnits {
         }
         *self.changes.told() = Told::default();
         self.changes.ram.clear()?;
-        self.changes.runtime.as_ref().map_or(Ok(()), |runtime| runtime.clear())
+        self.changes
+            .runtime
+            .as_ref()
+            .map_or(Ok(()), |runtime| runtime.clear())
     }
 }
 
@@ -139,7 +143,7 @@ pub(super) fn new_runtime(
     config: &VmConfig,
     ram: &GuestRam,
     address_bits: u32,
-    memslots: crate::machine::memslots::Memslots,
+    memslots: Memslots,
 ) -> Result<Option<Arc<RuntimeMemory>>, BuildError> {
     let memory = config.memory();
     let size_bytes = memory.maximum_bytes - memory.startup_bytes;
@@ -162,8 +166,8 @@ impl MachineMemory for MemoryUnits {
             (told.total_bytes, told.count)
         };
         let plugged_bytes = mem.and_then(|mem| mem.with_device(|mem: &mut Mem| mem.plugged_bytes()));
-        let ballooned_bytes =
-            balloon.and_then(|balloon| balloon.with_device(|balloon: &mut Balloon| balloon.ballooned_bytes()));
+        let ballooned_bytes = balloon
+            .and_then(|balloon| balloon.with_device(|balloon: &mut Balloon| balloon.ballooned_bytes()));
         Observed {
             plugged_bytes: plugged_bytes.unwrap_or(0),
             ballooned_bytes: ballooned_bytes.unwrap_or(0),
@@ -209,7 +213,7 @@ impl MachineMemory for MemoryUnits {
 }
 
 impl Changes {
-    fn told(&self) -> std::sync::MutexGuard<'_, Told> {
+    fn told(&self) -> MutexGuard<'_, Told> {
         self.told.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -223,15 +227,21 @@ impl Changes {
 
 impl MemHost for Changes {
     fn plug(&self, offset: u64, length_bytes: u64) -> Result<(), PlugError> {
-        let Some(runtime) = &self.runtime else { return Ok(()) };
-        runtime.plug(offset, length_bytes).map_err(|error| PlugError::Host {
-            what: "to plug blocks",
-            source: io::Error::other(error),
-        })
+        let Some(runtime) = &self.runtime else {
+            return Ok(());
+        };
+        runtime
+            .plug(offset, length_bytes)
+            .map_err(|error| PlugError::Host {
+                what: "to plug blocks",
+                source: io::Error::other(error),
+            })
     }
 
     fn unplug(&self, offset: u64, length_bytes: u64) -> Result<(), PlugError> {
-        let Some(runtime) = &self.runtime else { return Ok(()) };
+        let Some(runtime) = &self.runtime else {
+            return Ok(());
+        };
         if let Err(error) = runtime.unplug(offset, length_bytes) {
             // The guest has lost the blocks; that the host has not got them back is no reason to give them again.
             log::error!("unplugged memory is not given back: {error}");

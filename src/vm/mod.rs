@@ -9,6 +9,7 @@ pub mod fake;
 pub mod host;
 mod mailbox;
 pub mod memory;
+mod memory_units;
 pub mod operation;
 mod ops;
 pub mod platform;

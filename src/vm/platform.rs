@@ -19,7 +19,9 @@ use crate::pci::root::PciRootError;
 use crate::pci::slots::SlotError;
 use crate::storage::OpenError;
 use crate::unit::PauseTicket;
+use crate::virtio::balloon::BalloonError;
 use crate::virtio::console::{ConnectError, ConsoleError};
+use crate::virtio::mem::MemError;
 use crate::virtio::net::NetError;
 use crate::virtio::transport::TransportError;
 use crate::vm::mailbox::Mailbox;
@@ -99,6 +101,12 @@ pub enum BuildError {
     /// The host's KVM has no room for that many vCPUs.
     #[error("{count} vcpus exceed the host's maximum of {count_max}")]
     Vcpus { count: u32, count_max: u32 },
+    /// The memory device cannot be made.
+    #[error(transparent)]
+    Mem(#[from] MemError),
+    /// The balloon cannot be made.
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
     /// A vCPU cannot be made.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),

@@ -23,6 +23,8 @@ use crate::pci::slots::OccupiedSlot;
 use crate::unit::{PauseTicket, Unit};
 use crate::virtio::transport::VirtioPciDevice;
 use crate::vm::mailbox::Mailbox;
+use crate::vm::memory::machine::MachineMemory;
+use crate::vm::memory_units::MemoryUnits;
 use crate::vm::platform::{BuildError, DeviceStatus, Machine};
 
 /// A machine on KVM, as `builder.rs` makes it.
@@ -38,7 +40,8 @@ pub(super) struct KvmMachine {
     pub acpi: Arc<AcpiDevice>,
     pub tables: AcpiTables,
     pub boot: BootSource,
-    pub ram: GuestRam,
+    pub memory: MemoryUnits,
+    pub ram: Arc<GuestRam>,
     pub memslots: Vec<Memslot>,
 }
 
@@ -97,7 +100,7 @@ impl Machine for KvmMachine {
 
     fn reset(&self) -> Result<(), BuildError> {
         self.all_units().for_each(Unit::reset);
-        self.ram.clear().map_err(|source| BuildError::Host {
+        self.memory.reset().map_err(|source| BuildError::Host {
             what: "to clear the guest's memory",
             source,
         })?;
@@ -110,6 +113,10 @@ impl Machine for KvmMachine {
 
     fn tear_down(&self) {
         self.vcpus.iter().for_each(Vcpu::stop);
+    }
+
+    fn memory(&self) -> &dyn MachineMemory {
+        &self.memory
     }
 
     fn devices(&self) -> Vec<DeviceStatus> {

@@ -323,7 +323,6 @@ impl VirtioDevice for Balloon {
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceFault> {
         let Activation {
-            memory: _,
             driver_features,
             queues,
             interrupt,

@@ -200,7 +200,6 @@ impl VirtioDevice for Mem {
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceFault> {
         let Activation {
-            memory: _,
             driver_features: _,
             queues,
             interrupt,

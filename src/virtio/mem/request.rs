@@ -83,7 +83,7 @@ impl Request {
                 "the room for a response has {room_bytes} of {RESPONSE_BYTES} bytes"
             )));
         }
-        let bytes = read(queue.memory(), &request).map_err(|reason| queue.fault(&reason))?;
+        let bytes = read(&queue.memory(), &request).map_err(|reason| queue.fault(&reason))?;
         let [k0, k1, _, _, _, _, _, _, address @ .., c0, c1, _, _, _, _, _, _] = bytes;
         Ok(Some(Self {
             kind: match u16::from_le_bytes([k0, k1]) {

@@ -209,3 +209,6 @@ impl Vm {
         self.ask(ops::memory::status)
     }
 }
+
+#[cfg(test)]
+mod tests;

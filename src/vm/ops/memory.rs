@@ -190,7 +190,9 @@ pub fn deadline_passed(vm: &mut Supervisor, id: OperationId) {
         let memory = *vm.config.memory();
         remember(
             vm,
-            as_is.requested_bytes.clamp(memory.minimum_bytes, memory.maximum_bytes),
+            as_is
+                .requested_bytes
+                .clamp(memory.minimum_bytes, memory.maximum_bytes),
         );
         ask(vm, as_is);
     }
@@ -210,7 +212,11 @@ fn join(
     at_deadline: AtDeadline,
     deadline: Option<Instant>,
 ) -> Option<Operation<MemoryOutcome>> {
-    let pending = vm.memory.pending.as_mut().filter(|pending| pending.plan == *plan)?;
+    let pending = vm
+        .memory
+        .pending
+        .as_mut()
+        .filter(|pending| pending.plan == *plan)?;
     pending.at_deadline = at_deadline;
     // No deadline is later than any.
     pending.deadline = match (pending.deadline, deadline) {
@@ -244,7 +250,10 @@ fn remember(vm: &mut Supervisor, requested_bytes: u64) {
     match vm.config.with_assigned_memory(requested_bytes) {
         Ok(config) => vm.change_config(config, |vm, stored| {
             if let Err(error) = stored {
-                log::error!("vm {}: the size of its memory is not stored: {error}", vm.config.name());
+                log::error!(
+                    "vm {}: the size of its memory is not stored: {error}",
+                    vm.config.name()
+                );
             }
         }),
         Err(error) => log::error!("vm {}: {error}", vm.config.name()),
@@ -305,7 +314,9 @@ fn settle(vm: &mut Supervisor, now: &Observed) {
 
 /// Ends the pending operation, if there is one.
 fn end(vm: &mut Supervisor, reason: MemoryReason) {
-    let Some(pending) = vm.memory.pending.take() else { return };
+    let Some(pending) = vm.memory.pending.take() else {
+        return;
+    };
     let now = observe(vm);
     let requested_bytes = pending.plan.requested_bytes;
     let reached_bytes = match &vm.machine {

@@ -36,9 +36,18 @@ fn what_the_vm_forbids_is_refused_with_both_numbers() {
         plan.expect_err("a limit is crossed")
     };
     let v2 = ConfigVersion::V2_0;
-    assert_eq!(refused(96, v2).to_string(), "target 96 MiB is below the floor 168 MiB");
-    assert_eq!(refused(1025, v2).to_string(), "target 1025 MiB exceeds maximum 1 GiB");
-    assert_eq!([refused(96, v2).reason(), refused(1025, v2).reason()], ["floor", "maximum"]);
+    assert_eq!(
+        refused(96, v2).to_string(),
+        "target 96 MiB is below the floor 168 MiB"
+    );
+    assert_eq!(
+        refused(1025, v2).to_string(),
+        "target 1025 MiB exceeds maximum 1 GiB"
+    );
+    assert_eq!(
+        [refused(96, v2).reason(), refused(1025, v2).reason()],
+        ["floor", "maximum"]
+    );
     assert_eq!(
         refused(513, ConfigVersion::V1_0).to_string(),
         "runtime memory above the start-up size needs configuration version 2.0, the vm has 1.0"
@@ -57,7 +66,11 @@ fn a_shortfall_names_the_driver_the_guest_or_the_clock() {
     let within = Duration::from_secs(10);
     let why = |now: &Observed, still_s| plan.shortfall(now, within, Duration::from_secs(still_s));
     assert_eq!(why(&drivers(false, true), 10), MemoryReason::DriverAbsent);
-    assert_eq!(why(&drivers(true, false), 10), MemoryReason::GuestRefused, "no balloon is needed");
+    assert_eq!(
+        why(&drivers(true, false), 10),
+        MemoryReason::GuestRefused,
+        "no balloon is needed"
+    );
     assert_eq!(why(&drivers(true, true), 5), MemoryReason::GuestRefused);
     assert_eq!(why(&drivers(true, true), 4), MemoryReason::Deadline);
     let ballooned = Observed {
@@ -71,15 +84,20 @@ fn a_shortfall_names_the_driver_the_guest_or_the_clock() {
 #[test]
 fn progress_is_told_in_sixteenths_of_the_way() {
     let gib = 1024 * MIB;
-    let told = (0..=512u64).map(|step| gib + step * 2 * MIB).fold((0, gib), |(count, told), now| {
-        if is_progress(told, now, gib, 2 * gib) {
-            (count + 1, now)
-        } else {
-            (count, told)
-        }
-    });
+    let told = (0..=512u64)
+        .map(|step| gib + step * 2 * MIB)
+        .fold((0, gib), |(count, told), now| {
+            if is_progress(told, now, gib, 2 * gib) {
+                (count + 1, now)
+            } else {
+                (count, told)
+            }
+        });
     assert_eq!(told, (16, 2 * gib));
-    assert!(!is_progress(gib, gib + 4096, gib, gib + 8192), "a page is not worth a word");
+    assert!(
+        !is_progress(gib, gib + 4096, gib, gib + 8192),
+        "a page is not worth a word"
+    );
 }
 
 proptest! {
