@@ -15,6 +15,7 @@ mod guest_image;
 mod hostile;
 mod journal;
 mod lifecycle;
+mod memory;
 mod net;
 mod programs;
 
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
         lifecycle::trials(),
         block::trials(),
         net::trials(),
+        memory::trials(),
         hostile::trials(),
         programs::trials(),
     ]

@@ -4,7 +4,8 @@
 //! target above start-up     plug target − start-up      balloon empty
 //! target below start-up     unplug everything           balloon start-up − target
 //! ```
-//! Both devices are asked at once; the order in which a guest obeys is its own.
+//! On the way down the balloon waits until everything is unplugged: a guest that does both at once fills its balloon
+//! with pages of the blocks that it is to give up, and gets stuck (seen with Linux 6.1).
 
 use std::time::Duration;
 
@@ -75,6 +76,19 @@ impl Plan {
             requested_bytes: startup_bytes + plugged_bytes - ballooned_bytes,
             plugged_bytes,
             ballooned_bytes,
+        }
+    }
+
+    /// What to ask of a guest that has `now`, so that it gets to the plan.
+    pub fn step(&self, now: &Observed) -> Self {
+        let must_unplug_first = now.plugged_bytes > self.plugged_bytes;
+        Self {
+            ballooned_bytes: if must_unplug_first {
+                self.ballooned_bytes.min(now.ballooned_bytes)
+            } else {
+                self.ballooned_bytes
+            },
+            ..*self
         }
     }
 

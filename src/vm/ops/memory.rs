@@ -142,6 +142,8 @@ pub fn look(vm: &mut Supervisor) {
     let held_bytes = assigned_bytes(startup_bytes, &now).max(plan.requested_bytes);
     // What the guest gave back may be promised to others. It is never more than was promised before.
     let _ = machine.memory().promise(held_bytes, true);
+    // A guest that did its first step is asked for the next one.
+    machine.memory().request(&plan.step(&now));
     let running = vm.state == State::Running;
     let Some(pending) = &mut vm.memory.pending else {
         if plan.is_reached(&now) {
@@ -265,7 +267,7 @@ fn ask(vm: &mut Supervisor, plan: Plan) {
     let Some(machine) = &vm.machine else { return };
     let now = machine.memory().observe();
     let from_bytes = assigned_bytes(vm.config.memory().startup_bytes, &now);
-    machine.memory().request(&plan);
+    machine.memory().request(&plan.step(&now));
     vm.memory.asked = Some(Asked {
         plan,
         from_bytes,

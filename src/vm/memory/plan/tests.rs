@@ -30,6 +30,30 @@ fn a_target_above_the_start_up_size_plugs_and_one_below_it_balloons() {
 }
 
 #[test]
+fn the_balloon_waits_for_what_is_to_be_unplugged_but_deflates_at_once() {
+    let memory = memory(512, 4096);
+    let plan =
+        |target_mib| Plan::new(target_mib * MIB, &memory, ConfigVersion::V2_0).expect("within the limits");
+    let ballooned = |target_mib, plugged_mib, ballooned_mib| {
+        let now = Observed {
+            plugged_bytes: plugged_mib * MIB,
+            ballooned_bytes: ballooned_mib * MIB,
+            ..Observed::default()
+        };
+        plan(target_mib).step(&now).ballooned_bytes / MIB
+    };
+    assert_eq!(ballooned(384, 512, 0), 0);
+    assert_eq!(ballooned(384, 2, 64), 64);
+    assert_eq!(ballooned(384, 0, 64), 128);
+    assert_eq!(ballooned(1024, 0, 128), 0);
+    assert_eq!(
+        ballooned(384, 2, 256),
+        128,
+        "what it holds too much it lets go at once"
+    );
+}
+
+#[test]
 fn what_the_vm_forbids_is_refused_with_both_numbers() {
     let refused = |target_mib, version| {
         let plan = Plan::new(target_mib * MIB, &memory(512, 1024), version);
