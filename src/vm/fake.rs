@@ -265,12 +265,17 @@ impl MachineMemory for FakeMachine {
     }
 
     fn request(&self, plan: &Plan) {
-        self.control.memory(|memory| {
-            if memory.obeys {
-                memory.now.plugged_bytes = plan.plugged_bytes;
-                memory.now.ballooned_bytes = plan.ballooned_bytes;
-            }
-        });
+        let mut behaviour = self
+            .control
+            .behaviour
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let memory = &mut behaviour.memory;
+        if memory.obeys && !plan.is_reached(&memory.now) {
+            memory.now.plugged_bytes = plan.plugged_bytes;
+            memory.now.ballooned_bytes = plan.ballooned_bytes;
+            self.mailbox.memory_changed();
+        }
     }
 
     fn ask_guest_total(&self) -> bool {
