@@ -6,6 +6,8 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde_json::{Value, json};
+
 use crate::config::VmConfig;
 use crate::machine::memslots::Memslots;
 use crate::memory::host::{HostMemory, HostMemoryError, MemoryPromise};
@@ -116,6 +118,18 @@ impl MemoryUnits {
     /// The balloon is in its slot.
     pub fn set_balloon(&mut self, device: Arc<VirtioPciDevice>) {
         self.balloon = Some(device);
+    }
+
+    /// What the memory beyond the start-up size is, for people and tools; null where there is none.
+    pub fn inspect(&self) -> Value {
+        self.changes.runtime.as_ref().map_or(Value::Null, |runtime| {
+            json!({
+                "base": runtime.base(),
+                "size_bytes": runtime.size_bytes(),
+                "resident_bytes": runtime.resident_bytes().ok(),
+                "live_slot_count": runtime.live_slot_count(),
+            })
+        })
     }
 
     /// Everything as after power-on, after the units were reset and while nothing runs.

@@ -134,6 +134,7 @@ impl Machine for KvmMachine {
             .collect();
         json!({
             "units": units,
+            "runtime": self.memory.inspect(),
             "ram": { "size_bytes": self.ram.size_bytes(), "resident_bytes": self.ram.resident_bytes().ok() },
             "memslot_count": self.memslots.len(),
         })
