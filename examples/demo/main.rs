@@ -20,7 +20,7 @@ use libtest_mimic::Failed;
 
 use crate::harness::kvm;
 use crate::report::Report;
-use crate::steps::{clean_up, disk, ends, look, make, network, pause, power_button, reset, start};
+use crate::steps::{clean_up, disk, ends, look, make, memory, network, pause, power_button, reset, start};
 use crate::tour::Tour;
 
 /// One stop of the tour. Later steps find the VM as earlier ones left it.
@@ -29,7 +29,7 @@ struct Step {
     run: fn(&mut Tour, &mut Report) -> Result<(), Failed>,
 }
 
-const STEPS: [Step; 10] = [
+const STEPS: [Step; 11] = [
     Step {
         title: "Make a virtual machine",
         run: make::run,
@@ -49,6 +49,10 @@ const STEPS: [Step; 10] = [
     Step {
         title: "Talk over the network",
         run: network::run,
+    },
+    Step {
+        title: "Give it more memory, and take some away",
+        run: memory::run,
     },
     Step {
         title: "Pause and resume",

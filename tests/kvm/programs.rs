@@ -14,6 +14,11 @@ use crate::harness::artefacts::{Flavour, GuestKernel, INIT_REACHED};
 /// The trials of this file.
 pub fn trials() -> Vec<Body> {
     vec![
+        Body::new("programs::vmm_resizes_memory", vmm_resizes_memory),
+        Body::new(
+            "programs::the_resize_example_keeps_its_word",
+            the_resize_example_keeps_its_word,
+        ),
         Body::new(
             "programs::boot_shows_the_console_and_ends_with_the_guest",
             boot_ends_with_the_guest,
@@ -248,6 +253,99 @@ fn vmm_obeys_text_and_keeps_its_vm() -> Result<(), Failed> {
     vmm.accept("start")?;
     drop(vmm.input);
     assert!(vmm.child.wait()?.success());
+    Ok(())
+}
+
+fn vmm_resizes_memory() -> Result<(), Failed> {
+    let places = Places {
+        folder: tempfile::tempdir()?,
+    };
+    let kernel = GuestKernel::find(Flavour::Cloud)?;
+    let (state, elf) = (places.path("vm"), kernel.elf.to_string_lossy().into_owned());
+    let initrd = kernel.initramfs.to_string_lossy().into_owned();
+    let make = |version: &str, words: &[&str]| {
+        let folder = format!("{state}-{version}");
+        let fixed = [
+            "--state-dir",
+            &folder,
+            "--name",
+            "m",
+            "--kernel",
+            &elf,
+            "--initrd",
+            &initrd,
+        ];
+        let more = [
+            "--cmdline",
+            "quiet memhp_default_state=online_movable",
+            "--config-version",
+            version,
+        ];
+        Vmm::start(&[&fixed[..], &more[..], words].concat())
+    };
+    let mib = |mib: u64| Value::from(mib << 20);
+    let mut vmm = make("2.0", &["--memory", "256M", "--memory-max", "1G"])?;
+    vmm.accept("start")?;
+    let grown = vmm.accept("memory 768M 180")?;
+    assert_eq!(
+        (&grown["requested"], &grown["reached"], &grown["reason"]),
+        (&mib(768), &mib(768), &"complete".into())
+    );
+    let memory = vmm.accept("status")?["memory"].clone();
+    assert_eq!((&memory["startup"], &memory["maximum"]), (&mib(256), &mib(1024)));
+    assert_eq!(
+        (&memory["requested"], &memory["assigned"]),
+        (&mib(768), &mib(768))
+    );
+    assert!(
+        memory["guest_total"].is_u64() && memory["resident"].is_u64(),
+        "{memory}"
+    );
+    assert_eq!(vmm.accept("memory 192M 180")?["reached"], mib(192));
+    let refused = vmm.ask("memory 64M")?;
+    assert_eq!(
+        (
+            &refused["ok"],
+            &refused["reason"],
+            &refused["reached"],
+            &refused["requested"]
+        ),
+        (&false.into(), &"floor".into(), &mib(192), &mib(64))
+    );
+    assert_eq!(refused["error"], "target 64 MiB is below the floor 104 MiB");
+    vmm.accept("quit")?;
+    let count = |name: &str| vmm.events.iter().filter(|event| event["event"] == name).count();
+    assert_eq!(count("memory-settled"), 2);
+    assert!(count("memory-progress") >= 2, "{:?}", vmm.events);
+
+    // The size is there again, and 1.0 can only shrink.
+    let folder = format!("{state}-2.0");
+    let mut vmm = Vmm::start(&["--state-dir", &folder])?;
+    assert_eq!(vmm.accept("status")?["memory"]["requested"], mib(192));
+    vmm.accept("quit")?;
+    let mut old = make("1.0", &["--memory", "256M"])?;
+    old.accept("start")?;
+    assert_eq!(old.ask("memory 512M")?["reason"], "version");
+    assert_eq!(old.accept("memory 192M 180")?["reached"], mib(192));
+    old.accept("quit")?;
+    Ok(())
+}
+
+fn the_resize_example_keeps_its_word() -> Result<(), Failed> {
+    let kernel = GuestKernel::find(Flavour::Cloud)?;
+    let output = Command::new(example("resize_memory")?)
+        .args([&kernel.elf, &kernel.initramfs])
+        .output()?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(
+        output.status.success(),
+        "{said}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(
+        said.ends_with("target 96 MiB is below the floor 168 MiB\n"),
+        "{said}"
+    );
     Ok(())
 }
 
