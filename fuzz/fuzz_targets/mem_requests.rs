@@ -17,12 +17,16 @@ use vm_lifecycle_fuzz::memory::{Books, REGION};
 struct Input {
     features: u64,
     size_log2: u8,
+    /// What is requested at first, in blocks.
+    requested: u8,
     steps: Vec<MemStep>,
 }
 
 #[derive(Debug, Arbitrary)]
 enum MemStep {
     Driver(Step),
+    /// A request as it should be.
+    Ask([u8; 4]),
     /// The host requests so many blocks, possibly too many.
     Request(u16),
     Stuck(bool),
@@ -32,11 +36,14 @@ enum MemStep {
     Save,
 }
 
-/// A request of virtio 1.2 §5.15.6, mostly in the region.
-fn header([kind, block, block_high, count]: [u8; 4]) -> Vec<u8> {
-    let block = u64::from(u16::from_le_bytes([block, block_high])) % 0x300;
-    let address = REGION.start + block * BLOCK_BYTES;
-    let count = u16::from(count) * (1 + u16::from(kind >> 6) * 3);
+/// A request of virtio 1.2 §5.15.6: mostly of few blocks that can be plugged, now and then of any.
+fn header([kind, block, count, unusual]: [u8; 4]) -> Vec<u8> {
+    let (block, count) = match unusual {
+        0xFF => (u64::from(block) << 2, u16::from(count) << 8),
+        0xFE => (u64::MAX / BLOCK_BYTES - u64::from(block), count.into()),
+        _ => (u64::from(block % 140), u16::from(count % 16)),
+    };
+    let address = REGION.start.wrapping_add(block * BLOCK_BYTES);
     let mut request = vec![0; 24];
     request[0] = kind % 5;
     request[8..16].copy_from_slice(&address.to_le_bytes());
@@ -48,6 +55,7 @@ fn play(driven: &mut Driven<Mem>, books: &Arc<Books>, step: &MemStep) -> Result<
     let before = driven.device.plugged_bytes();
     let outcome = match step {
         MemStep::Driver(step) => driven.play(step),
+        MemStep::Ask(header) => driven.ask(0, *header, 10),
         MemStep::Request(blocks) => {
             // Too many are refused.
             let _ = driven.device.set_requested(u64::from(*blocks) * BLOCK_BYTES);
@@ -88,7 +96,10 @@ fn check_save(device: &Mem) {
 
 fuzz_target!(|input: Input| {
     let books = Arc::new(Books::default());
-    let Some(mut driven) = Driven::start(books.mem(), input.features, input.size_log2, header) else {
+    let mut mem = books.mem();
+    let requested_bytes = u64::from(input.requested) * BLOCK_BYTES;
+    mem.set_requested(requested_bytes).expect("the region is larger");
+    let Some(mut driven) = Driven::start(mem, input.features, input.size_log2, header) else {
         return;
     };
     let outcome = input
