@@ -5,6 +5,7 @@
 //! | `board` | the devices at fixed ports and addresses |
 //! | `driver` | rings laid out by the input, for a virtio device without a transport |
 //! | `machine` | the bus, PCI and event loop of a VM over a host that only keeps books |
+//! | `memory` | the host of the devices that resize memory, which checks what it is asked |
 //! | `edits` | changes to a JSON value at places that the input chooses |
 //!
 //! A target describes what the guest or the file may do as a type that is built from the input's bytes, does it, and
@@ -16,6 +17,7 @@ pub mod board;
 pub mod driver;
 pub mod edits;
 pub mod machine;
+pub mod memory;
 
 use arbitrary::Arbitrary;
 use vm_lifecycle::bus::Bus;

@@ -29,6 +29,7 @@ use vm_lifecycle::virtio::transport::{TransportResources, VirtioPciDevice};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::Deaf;
+use crate::memory::Books;
 
 /// Guest memory, from address 0.
 pub const MEMORY_BYTES: u64 = 0x4_0000;
@@ -49,6 +50,8 @@ pub enum Kind {
     Net,
     Rng,
     Console,
+    Mem,
+    Balloon,
 }
 
 /// A VM without vCPUs.
@@ -132,6 +135,12 @@ impl Machine {
                 ports = Some(host);
                 Box::new(console)
             }
+            Kind::Mem => {
+                let mut mem = Arc::new(Books::default()).mem();
+                mem.set_requested(64 << 20).expect("the region is larger");
+                Box::new(mem)
+            }
+            Kind::Balloon => Box::new(Arc::new(Books::default()).balloon()),
         };
         let bdf = Bdf::new(1, slot).expect("slots go to 31");
         let name = UnitName::new("device").expect("a good name");

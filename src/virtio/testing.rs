@@ -196,7 +196,8 @@ impl<D: VirtioDevice> Driver<D> {
         for (number, part) in parts.iter().enumerate() {
             let next = (ring.next_descriptor + 1) % QUEUE_SIZE;
             let more = number + 1 < parts.len();
-            let flags = VRING_DESC_F_NEXT * u32::from(more) | VRING_DESC_F_WRITE * u32::from(part.writable);
+            let flags =
+                (VRING_DESC_F_NEXT * u32::from(more)) | (VRING_DESC_F_WRITE * u32::from(part.writable));
             let descriptor = Descriptor::new(part.address, part.length, flags as u16, next);
             let at = GuestAddress(base + u64::from(ring.next_descriptor) * 16);
             self.memory

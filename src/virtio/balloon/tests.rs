@@ -465,16 +465,17 @@ fn impossible_saved_states_are_refused() {
 #[test]
 fn impossible_memory_is_refused() {
     let page = PAGE_BYTES;
-    for (ram, plugged) in [
-        (vec![0..page + 1], None),
-        (vec![page..page], None),
-        (vec![0..page, page..2 * page], None),
-        (vec![4 * page..8 * page, 0..page], None),
-        (vec![0..(1 << 44) + page], None),
-        (vec![0..2 * page], Some(page..3 * page)),
-    ] {
+    let cases = [
+        (&[(0, page + 1)][..], None),
+        (&[(page, page)], None),
+        (&[(0, page), (page, 2 * page)], None),
+        (&[(4 * page, 8 * page), (0, page)], None),
+        (&[(0, (1 << 44) + page)], None),
+        (&[(0, 2 * page)], Some(page..3 * page)),
+    ];
+    for (ram, plugged) in cases {
         let bad = BalloonConfig {
-            ram: ram.clone(),
+            ram: ram.iter().map(|(start, end)| *start..*end).collect(),
             plugged: plugged.clone(),
             ..config()
         };

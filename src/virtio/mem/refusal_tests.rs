@@ -16,30 +16,32 @@ fn a_driver_that_breaks_the_rules_is_told_how() {
         length,
         writable,
     };
-    let cases: [(&str, fn(&mut Driver<Mem>) -> Vec<Part>); 4] = [
-        ("queue 0: a request has 23 of 24 bytes", |driver| {
-            vec![driver.readable(&[0; 23]), driver.writable(10)]
-        }),
-        ("queue 0: the room for a response has 9 of 10 bytes", |driver| {
-            vec![driver.readable(&[0; 24]), driver.writable(9)]
-        }),
-        ("queue 0: the room for a response has 0 of 10 bytes", |driver| {
-            vec![driver.readable(&[0; 24])]
-        }),
+    // Lengths of the parts, and whether the device is to write them.
+    let cases: [(&[(usize, bool)], &str); 4] = [
         (
+            &[(23, false), (10, true)],
+            "queue 0: a request has 23 of 24 bytes",
+        ),
+        (
+            &[(24, false), (9, true)],
+            "queue 0: the room for a response has 9 of 10 bytes",
+        ),
+        (
+            &[(24, false)],
+            "queue 0: the room for a response has 0 of 10 bytes",
+        ),
+        (
+            &[(20, false), (10, true), (4, false)],
             "queue 0: a request continues behind the room for its response",
-            |driver| {
-                vec![
-                    driver.readable(&[0; 20]),
-                    driver.writable(10),
-                    driver.readable(&[0; 4]),
-                ]
-            },
         ),
     ];
-    for (message, parts) in cases {
+    for (lengths, message) in cases {
         let (mut driver, _) = start(8 * MIB);
-        let parts = parts(&mut driver);
+        let place = |&(length, writable): &(usize, bool)| Part {
+            writable,
+            ..driver.readable(&vec![0; length])
+        };
+        let parts: Vec<_> = lengths.iter().map(place).collect();
         let fault = driver.run(0, &parts).expect_err(message);
         assert_eq!(fault.to_string(), message);
     }
