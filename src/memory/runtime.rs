@@ -109,7 +109,7 @@ impl RuntimeMemory {
         memslots: Memslots,
     ) -> Result<Self, RamError> {
         let base = runtime_memory_base(ram.size_bytes());
-        check_end(size_bytes, base.saturating_add(size_bytes), address_bits)?;
+        Self::check(ram, size_bytes, address_bits)?;
         let file = memory_file(size_bytes, options.huge_pages).map_err(|source| RamError::Host {
             what: "a memory file",
             size_bytes,
@@ -125,6 +125,15 @@ impl RuntimeMemory {
             memory: GuestMemoryAtomic::from(ram.memory().clone()),
             slots: Mutex::default(),
         })
+    }
+
+    /// Checks that a guest with `ram` could address the end of a region of `size_bytes`.
+    ///
+    /// # Errors
+    /// [`RamError::BeyondAddress`].
+    pub fn check(ram: &GuestRam, size_bytes: u64, address_bits: u32) -> Result<(), RamError> {
+        let end = runtime_memory_base(ram.size_bytes()).saturating_add(size_bytes);
+        check_end(size_bytes, end, address_bits)
     }
 
     /// The first guest-physical address.

@@ -28,6 +28,7 @@ use crate::memory::layout::{
     ACPI_REGISTERS_BASE, GED_GSI, I8042_COMMAND_PORT, RTC_PORT, SERIAL_GSI, SERIAL_PORT, SERIAL_PORT_COUNT,
 };
 use crate::memory::region::{GuestRam, RamOptions};
+use crate::memory::runtime::RuntimeMemory;
 use crate::pci::root::PciRoot;
 use crate::pci::slots::OccupiedSlot;
 use crate::unit::Unit;
@@ -65,7 +66,11 @@ impl<H: HostDevices> Platform for KvmPlatform<H> {
     fn check(&self, config: &VmConfig) -> Result<(), BuildError> {
         let kvm = Kvm::open()?;
         check_vcpus(&kvm, config)?;
-        open_boot(config)?.check(&new_ram(&kvm, config)?)?;
+        let ram = new_ram(&kvm, config)?;
+        open_boot(config)?.check(&ram)?;
+        let memory = config.memory();
+        let runtime_bytes = memory.maximum_bytes - memory.startup_bytes;
+        RuntimeMemory::check(&ram, runtime_bytes, kvm.physical_address_bits())?;
         // All stay open until the end: the same image twice is in use, not free.
         let _disks = config
             .disks()

@@ -209,6 +209,20 @@ fn a_vm_that_is_off_starts_with_what_it_was_given() {
 }
 
 #[test]
+fn a_guest_whose_host_has_less_than_before_starts_with_its_start_up_size_and_says_so() {
+    let (vm, platform) = make(builder().assigned_bytes(2 * GIB));
+    platform.control().memory(|memory| memory.host_refuses = true);
+    let events = vm.events();
+    start(&vm);
+    assert_eq!(settled(&events), (512 * MIB, "host"));
+    let memory = vm.memory().expect("the supervisor lives");
+    assert_eq!(
+        (memory.requested_bytes, memory.assigned_bytes),
+        (2 * GIB, 512 * MIB)
+    );
+}
+
+#[test]
 fn what_is_impossible_is_refused_and_changes_nothing() {
     let (vm, platform) = started(builder());
     let refused = |target_bytes| {

@@ -21,6 +21,9 @@ use crate::vm::memory::{AtDeadline, MemoryOutcome, MemoryReason, MemoryStatus, R
 use crate::vm::operation::{Operation, OperationKind};
 use crate::vm::supervisor::Supervisor;
 
+/// The host does not have what a starting guest was given before; the reason of its event, as of a refused request.
+const REFUSED_BY_HOST: &str = "host";
+
 /// What is asked of the guest's memory.
 #[derive(Default)]
 pub(in crate::vm) struct MemoryWork {
@@ -121,7 +124,12 @@ pub fn started(vm: &mut Supervisor) {
     };
     if let Err(error) = promise(vm, &plan) {
         log::warn!("vm {}: the guest keeps its start-up size: {error}", config.name());
-        return;
+        return vm.publish(EventKind::MemorySettled {
+            requested_bytes: plan.requested_bytes,
+            reached_bytes: config.memory().startup_bytes,
+            guest_total_bytes: None,
+            reason: REFUSED_BY_HOST,
+        });
     }
     ask(vm, plan);
     look(vm);
