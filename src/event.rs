@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::ids::{OperationId, UnitName};
+use crate::ids::{Bdf, NicName, OperationId, UnitName};
 use crate::state::State;
 
 /// The number of events a stream holds before it loses the oldest.
@@ -69,8 +69,59 @@ pub enum EventKind {
         guest_total_bytes: Option<u64>,
         reason: &'static str,
     },
+    /// A network card was added to a running machine: the guest can see it, and the configuration holds it.
+    NicAttached {
+        name: NicName,
+        bdf: Bdf,
+        acpi_index: Option<u16>,
+    },
+    /// A driver in the guest has a network card.
+    NicDriverReady { name: NicName },
+    /// The guest was asked to let go of a network card.
+    NicEjectRequested { name: NicName },
+    /// A network card is gone, from machine and configuration.
+    NicRemoved { name: NicName, how: NicRemoval },
+    /// The guest did not let go of a network card in time; it is still there and works. The guest may let go of it
+    /// later.
+    NicRemoveRefused { name: NicName },
+    /// A network card has another name.
+    NicRenamed { from: NicName, to: NicName },
+    /// The cable of a network card was plugged in or pulled out.
+    NicLink { name: NicName, up: bool },
     /// This stream fell behind and lost events.
     Lost { count: u64 },
+}
+
+/// How a network card went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NicRemoval {
+    /// The guest let go of it in time.
+    Released,
+    /// The guest let go of it when nobody waited any more.
+    ReleasedLate,
+    /// It was taken from the guest.
+    Forced,
+    /// The guest had been asked for it and was reset.
+    Reset,
+    /// The guest had been asked for it and ended.
+    GuestEnded,
+    /// The VM was off.
+    Off,
+}
+
+impl NicRemoval {
+    /// The manner in words.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Released => "the guest let go of it",
+            Self::ReleasedLate => "the guest let go of it late",
+            Self::Forced => "by force",
+            Self::Reset => "with the reset of the guest",
+            Self::GuestEnded => "with the end of the guest",
+            Self::Off => "while the vm is off",
+        }
+    }
 }
 
 /// Why a guest ended. Only [`EndCause::GuestPowerOff`] and [`EndCause::HostPowerOff`] are orderly.

@@ -293,6 +293,14 @@ impl MacAddr {
         Self([0x52, a, b, c, d, e])
     }
 
+    /// The address after this one among the locally administered addresses that begin with 52; they go round.
+    pub(crate) fn next_local(self) -> Self {
+        let [_, a, b, c, d, e] = self.0;
+        let number = u64::from_be_bytes([0, 0, 0, a, b, c, d, e]).wrapping_add(1);
+        let [_, _, _, a, b, c, d, e] = number.to_be_bytes();
+        Self([0x52, a, b, c, d, e])
+    }
+
     /// The six bytes in transmission order.
     pub const fn bytes(self) -> [u8; 6] {
         self.0

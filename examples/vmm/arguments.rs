@@ -90,18 +90,29 @@ pub fn size(text: &str) -> Result<u64, String> {
         .ok_or_else(|| "more than 16 EiB".to_owned())
 }
 
-/// The `key=value` pairs and bare words of a device option.
-fn fields(text: &str) -> impl Iterator<Item = (&str, Option<&str>)> {
-    text.split(',').map(|field| match field.split_once('=') {
-        Some((key, value)) => (key, Some(value)),
-        None => (field, None),
+/// The `key=value` pairs and bare words of a device option. A comma in a value is written twice.
+fn fields(text: &str) -> impl Iterator<Item = (String, Option<String>)> {
+    let mut parts = vec![String::new()];
+    let mut characters = text.chars().peekable();
+    while let Some(character) = characters.next() {
+        match parts.last_mut() {
+            Some(_) if character == ',' && characters.next_if_eq(&',').is_none() => {
+                parts.push(String::new());
+            }
+            Some(part) => part.push(character),
+            None => {}
+        }
+    }
+    parts.into_iter().map(|part| match part.split_once('=') {
+        Some((key, value)) => (key.to_owned(), Some(value.to_owned())),
+        None => (part, None),
     })
 }
 
 fn disk(text: &str) -> Result<DiskSpec, String> {
     let (mut name, mut path, mut read_only) = (None, None, false);
     for field in fields(text) {
-        match field {
+        match (field.0.as_str(), field.1) {
             ("name", Some(value)) => name = Some(value),
             ("path", Some(value)) => path = Some(value),
             ("readonly", None) => read_only = true,
@@ -114,15 +125,16 @@ fn disk(text: &str) -> Result<DiskSpec, String> {
     }
     let spec = DiskSpec::new(
         name.ok_or("name= is missing")?,
-        absolute(path.ok_or("path= is missing")?)?,
+        absolute(&path.ok_or("path= is missing")?)?,
     );
     Ok(spec.read_only(read_only))
 }
 
-fn nic(text: &str) -> Result<NicSpec, String> {
+/// A network card.
+pub fn nic(text: &str) -> Result<NicSpec, String> {
     let (mut name, mut tap, mut mac) = (None, None, None);
     for field in fields(text) {
-        match field {
+        match (field.0.as_str(), field.1) {
             ("name", Some(value)) => name = Some(value),
             ("tap", Some(value)) => tap = Some(value),
             ("mac", Some(value)) => mac = Some(value),

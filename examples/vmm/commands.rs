@@ -4,15 +4,16 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use vm_lifecycle::state::State;
-use vm_lifecycle::vm::operation::{Operation, Outcome};
-use vm_lifecycle::vm::{RequestError, Vm};
+use vm_lifecycle::vm::Vm;
+use vm_lifecycle::vm::operation::{Ended, Operation};
 
 use crate::memory;
+use crate::nics;
 
-/// How long `shut-down`, `wait` and `memory` wait when they are not told.
-const DEFAULT_SECONDS: u64 = 60;
+/// How long commands that wait for the guest wait when they are not told.
+pub const DEFAULT_SECONDS: u64 = 60;
 /// How long a reply waits for an operation that needs no guest; the operation goes on after that.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Runs `command`; the value's fields go into the reply, the error becomes its text.
 pub fn run(vm: &Vm, command: &str, rest: &[&str]) -> Result<Value, String> {
@@ -28,6 +29,7 @@ pub fn run(vm: &Vm, command: &str, rest: &[&str]) -> Result<Value, String> {
         ("wait", [state, seconds]) => wait(vm, state, parse_seconds(seconds)?),
         ("memory", [target]) => memory::resize(vm, target, Duration::from_secs(DEFAULT_SECONDS)),
         ("memory", [target, seconds]) => memory::resize(vm, target, parse_seconds(seconds)?),
+        ("nic", words) => nics::run(vm, words),
         ("status", []) => status(vm),
         ("inspect", []) => Ok(json!({ "inspect": vm.inspect().map_err(|error| error.to_string())? })),
         ("quit", []) => Ok(json!({})),
@@ -38,25 +40,30 @@ pub fn run(vm: &Vm, command: &str, rest: &[&str]) -> Result<Value, String> {
         ) => Err(format!("wrong number of words after {command:?}")),
         _ => Err(format!(
             "unknown command {command:?}; commands are start, status, pause, resume, reset, shut-down [SECONDS], \
-             power-off, wait STATE [SECONDS], memory SIZE [SECONDS], inspect, quit"
+             power-off, wait STATE [SECONDS], memory SIZE [SECONDS], {}, inspect, quit",
+            nics::USAGE
         )),
     }
 }
 
 fn shut_down(vm: &Vm, within: Duration) -> Result<Value, String> {
     let operation = vm.shut_down(within);
-    finish_within(operation, within.saturating_add(PATIENCE))
+    finish_within(operation, within.saturating_add(PATIENCE)).map(|_| json!({}))
 }
 
-fn finish(operation: Result<Operation, RequestError>) -> Result<Value, String> {
-    finish_within(operation, PATIENCE)
+/// Waits for an operation that needs no guest.
+pub fn finish<E: std::fmt::Display>(operation: Result<Operation, E>) -> Result<Value, String> {
+    finish_within(operation, PATIENCE).map(|_| json!({}))
 }
 
 /// A disk that hangs can keep a pause or a reset waiting for ever: the next command, perhaps `power-off`, must be read.
-fn finish_within(operation: Result<Operation, RequestError>, patience: Duration) -> Result<Value, String> {
+pub fn finish_within<O: Ended, E: std::fmt::Display>(
+    operation: Result<Operation<O>, E>,
+    patience: Duration,
+) -> Result<O, String> {
     let operation = operation.map_err(|error| error.to_string())?;
     match operation.wait(patience) {
-        Some(Outcome::Done) => Ok(json!({})),
+        Some(outcome) if outcome.is_done() => Ok(outcome),
         Some(outcome) => Err(outcome.to_string()),
         None => Err(format!(
             "{} goes on after {} seconds",
@@ -80,7 +87,8 @@ fn wait(vm: &Vm, state: &str, within: Duration) -> Result<Value, String> {
     ))
 }
 
-fn parse_seconds(text: &str) -> Result<Duration, String> {
+/// A number of seconds, with a fraction if need be.
+pub fn parse_seconds(text: &str) -> Result<Duration, String> {
     let seconds = text
         .parse::<f64>()
         .map_err(|_| format!("{text:?} is not a number of seconds"))?;
@@ -96,16 +104,7 @@ fn status(vm: &Vm) -> Result<Value, String> {
             .iter()
             .any(|d| d.unit.as_str() == unit && d.driver_ready)
     };
-    let nics: Vec<_> = config
-        .nics()
-        .iter()
-        .map(|nic| {
-            json!({
-                "name": nic.name, "mac": nic.mac, "bdf": nic.bdf, "link": if nic.link_up { "up" } else { "down" },
-                "driver_ready": ready(nic.unit_name().as_str()),
-            })
-        })
-        .collect();
+    let nics: Vec<_> = status.nics.iter().map(nics::describe).collect();
     let disks: Vec<_> = config
         .disks()
         .iter()

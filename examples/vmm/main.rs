@@ -9,10 +9,14 @@
 //! With `--name` a new VM is made in DIR; without it the VM in DIR is opened. The guest is not started by itself.
 //! Standard input takes one command per line, standard output carries one JSON object per line: replies in command
 //! order, events at any time. The end of input is `quit`. The exit status is 0 unless the VM could not be made.
+//! Words are quoted as in a shell: `nic remove "the \"red\" one" 10`; `name='a b',tap=tap0` is one word. A comma in a
+//! value of `name=N,tap=T` is written twice.
 
 mod arguments;
 mod commands;
 mod memory;
+mod nics;
+mod words;
 
 use std::fs::File;
 use std::io::{self, BufRead, Write};
@@ -77,20 +81,7 @@ fn serve(vm: Vm) {
     let printer = std::thread::spawn(move || print_events(&events));
     for line in io::stdin().lock().lines() {
         let Ok(line) = line else { break };
-        let words: Vec<_> = line.split_whitespace().collect();
-        let Some((&command, rest)) = words.split_first() else {
-            continue;
-        };
-        print(&match commands::run(&vm, command, rest) {
-            Ok(Value::Object(fields)) => {
-                let mut reply = json!({ "reply": command, "ok": true });
-                reply.as_object_mut().expect("made as an object").extend(fields);
-                reply
-            }
-            Ok(_) => json!({ "reply": command, "ok": true }),
-            Err(error) => json!({ "reply": command, "ok": false, "error": error }),
-        });
-        if command == "quit" {
+        if !answer(&vm, &line) {
             break;
         }
     }
@@ -98,6 +89,36 @@ fn serve(vm: Vm) {
     if printer.join().is_err() {
         eprintln!("vmm: the event printer panicked");
     }
+}
+
+/// Runs the command in `line`, if there is one, and prints the reply; `false` when it was the last.
+fn answer(vm: &Vm, line: &str) -> bool {
+    let (words, result);
+    match words::split(line) {
+        Ok(split) => {
+            words = split;
+            let words: Vec<_> = words.iter().map(String::as_str).collect();
+            let Some((&command, rest)) = words.split_first() else {
+                return true;
+            };
+            result = commands::run(vm, command, rest);
+        }
+        Err(error) => {
+            words = line.split_whitespace().map(str::to_owned).collect();
+            result = Err(error);
+        }
+    }
+    let command = words.first().map_or("", String::as_str);
+    print(&match result {
+        Ok(Value::Object(fields)) => {
+            let mut reply = json!({ "reply": command, "ok": true });
+            reply.as_object_mut().expect("made as an object").extend(fields);
+            reply
+        }
+        Ok(_) => json!({ "reply": command, "ok": true }),
+        Err(error) => json!({ "reply": command, "ok": false, "error": error }),
+    });
+    command != "quit"
 }
 
 fn print_events(events: &EventStream) {

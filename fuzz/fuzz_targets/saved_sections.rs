@@ -7,6 +7,7 @@ use std::sync::Arc;
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use vm_lifecycle::acpi::device::AcpiDevice;
+use vm_lifecycle::acpi::pci_hotplug::registers::PciHotplug;
 use vm_lifecycle::acpi::pvpanic::Pvpanic;
 use vm_lifecycle::bus::{Bus, BusDevice};
 use vm_lifecycle::legacy::rtc::Rtc;
@@ -24,6 +25,7 @@ enum Target {
     Serial,
     Rtc,
     Acpi,
+    PciHotplug,
     Pvpanic,
     PciRoot,
 }
@@ -83,6 +85,10 @@ fuzz_target!(|input: Input| {
         }
         Target::Rtc => input.check_device(Rtc::new),
         Target::Acpi => input.check_device(|| AcpiDevice::new(line(GED_GSI), Arc::new(Deaf))),
+        Target::PciHotplug => input.check_device(|| {
+            let acpi = Arc::new(AcpiDevice::new(line(GED_GSI), Arc::new(Deaf)));
+            PciHotplug::new(acpi, Arc::new(Deaf))
+        }),
         Target::Pvpanic => input.check_device(|| Pvpanic::new(Arc::new(Deaf))),
         Target::PciRoot => input.check_root(),
     }

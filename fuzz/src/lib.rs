@@ -20,8 +20,9 @@ pub mod machine;
 pub mod memory;
 
 use arbitrary::Arbitrary;
+use vm_lifecycle::acpi::pci_hotplug::registers::SlotListener;
 use vm_lifecycle::bus::Bus;
-use vm_lifecycle::ids::UnitName;
+use vm_lifecycle::ids::{Bdf, UnitName};
 use vm_lifecycle::unit::{PowerListener, PowerRequest, UnitListener};
 
 /// A guest's access to a bus.
@@ -60,4 +61,8 @@ impl UnitListener for Deaf {
 
 impl PowerListener for Deaf {
     fn power_request(&self, _request: PowerRequest) {}
+}
+
+impl SlotListener for Deaf {
+    fn ejected(&self, _bdf: Bdf) {}
 }

@@ -49,6 +49,11 @@ impl AcpiDevice {
         self.ged.raise(GedEvent::PowerButton);
     }
 
+    /// Tells the guest of `event`, or does so when the device is resumed.
+    pub fn raise(&self, event: GedEvent) {
+        self.ged.raise(event);
+    }
+
     fn request(&self, request: Option<PowerRequest>) {
         if let Some(request) = request {
             self.power.power_request(request);

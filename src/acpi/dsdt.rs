@@ -2,14 +2,14 @@
 //!
 //! ```text
 //! \_S5                       power off
-//! \_SB  PC00 … PC03          one host bridge per PCI segment: bus 0, a 32-bit memory window, _OSC
+//! \_SB  PC00 … PC03          one host bridge per PCI segment: bus 0, a 32-bit memory window, _OSC, hot-plug slots
 //!       MBRD                 addresses that belong to the platform: ECAM, ACPI registers
 //!       COM1 RTC_ PEVT       serial port, real-time clock, panic port
 //!       PWRB GED_            power button and the events that reach it
 //! ```
 //!
-//! No object here touches a register before an event came: there are no `_STA` or `_INI` methods, all resources are
-//! constant, and processors are in the MADT alone.
+//! No object here touches a register before an event came, but for the names of what is in a slot: there are no `_STA`
+//! or `_INI` methods, all resources are constant, and processors are in the MADT alone.
 
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal, Field,
@@ -20,8 +20,10 @@ use acpi_tables::aml::{
 use acpi_tables::{Aml, AmlSink};
 
 use super::ged::GedEvent;
+use super::pci_hotplug::aml as hotplug;
 use super::power::SLP_TYP_S5;
 use super::pvpanic::PVPANIC_PORT;
+use crate::config::first_slot;
 use crate::memory::layout;
 
 /// The interface of `_OSC` for PCI host bridges (PCI Firmware 3.3 §4.5.1).
@@ -40,7 +42,8 @@ const POWER_BUTTON_PRESSED: u8 = 0x80;
 pub fn body() -> Vec<u8> {
     let mut aml = Vec::with_capacity(2048);
     sleep_states(&mut aml);
-    let mut devices = Vec::with_capacity(2048);
+    let mut devices = Vec::with_capacity(16384);
+    hotplug::shared(&mut devices);
     for segment in 0..layout::SEGMENT_COUNT {
         host_bridge(segment, &mut devices);
     }
@@ -82,6 +85,10 @@ fn host_bridge(segment: u16, aml: &mut Vec<u8>) {
             &Name::new("_BBN".into(), &ZERO),
             &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&bus, &memory])),
             &OscMethod,
+            &hotplug::Slots {
+                segment,
+                first_slot: first_slot(segment),
+            },
         ],
     )
     .to_aml_bytes(aml);
@@ -217,10 +224,13 @@ fn generic_event_device(aml: &mut Vec<u8>) {
                 true,
                 vec![
                     &Store::new(&Local(0), &Path::new("ESEL")),
-                    &NotifyWhen {
+                    &When {
                         event: GedEvent::PowerButton,
-                        device: Path::new("\\_SB_.PWRB"),
-                        code: POWER_BUTTON_PRESSED,
+                        then: &Notify::new(&Path::new("\\_SB_.PWRB"), &POWER_BUTTON_PRESSED),
+                    },
+                    &When {
+                        event: GedEvent::PciHotplug,
+                        then: &hotplug::scan(),
                     },
                 ],
             ),
@@ -229,19 +239,18 @@ fn generic_event_device(aml: &mut Vec<u8>) {
     .to_aml_bytes(aml);
 }
 
-/// `If (Local0 & event) { Notify (device, code) }`.
-struct NotifyWhen {
+/// `If (Local0 & event) { then }`.
+struct When<'a> {
     event: GedEvent,
-    device: Path,
-    code: u8,
+    then: &'a dyn Aml,
 }
 
-impl Aml for NotifyWhen {
+impl Aml for When<'_> {
     fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
         let bit = self.event.bit();
         let (events, nowhere) = (Local(0), ZERO);
         let is_pending = And::new(&nowhere, &events, &bit);
-        If::new(&is_pending, vec![&Notify::new(&self.device, &self.code)]).to_aml_bytes(sink);
+        If::new(&is_pending, vec![self.then]).to_aml_bytes(sink);
     }
 }
 

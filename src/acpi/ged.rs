@@ -14,11 +14,13 @@ use crate::machine::gsi::IrqLine;
 pub enum GedEvent {
     /// The power button was pressed.
     PowerButton = 1 << 0,
+    /// Something changed in a PCI slot, or shall; the hot-plug registers tell what.
+    PciHotplug = 1 << 1,
 }
 
 impl GedEvent {
     /// The bits of all events.
-    pub const ALL_BITS: u32 = Self::PowerButton.bit();
+    pub const ALL_BITS: u32 = Self::PowerButton.bit() | Self::PciHotplug.bit();
 
     /// The event's bit in the select register.
     pub const fn bit(self) -> u32 {

@@ -1,12 +1,15 @@
-//! The frozen saved forms of the ACPI register page and of the panic port. Both are read from untrusted sections.
+//! The frozen saved forms of the ACPI register pages and of the panic port. All are read from untrusted sections.
 
 use serde::{Deserialize, Serialize};
 
 use super::ged::GedEvent;
+use crate::ids::Bdf;
 use crate::unit::RestoreError;
 
 /// The schema of [`AcpiStateV1`].
 pub const ACPI_SCHEMA: u32 = 1;
+/// The schema of [`SavedPciHotplugV1`].
+pub const PCI_HOTPLUG_SCHEMA: u32 = 1;
 /// The schema of [`PvpanicStateV1`].
 pub const PVPANIC_SCHEMA: u32 = 1;
 
@@ -33,6 +36,21 @@ impl AcpiStateV1 {
         }
         Ok(self)
     }
+}
+
+/// The state of the PCI hot-plug registers, schema 1. Which devices there are and what they are called is
+/// configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedPciHotplugV1 {
+    /// The slots of each segment that the guest has not looked at, a bit each.
+    pub changed: [u32; 4],
+    /// The slots of each segment that the guest shall let go of and was not told of, a bit each.
+    pub eject_requests: [u32; 4],
+    /// The select register.
+    pub select: u32,
+    /// The slots whose device the guest has ejected and the host has not taken away.
+    pub ejected: Vec<Bdf>,
 }
 
 /// The state of the panic port, schema 1: it holds none, and says so.

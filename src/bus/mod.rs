@@ -132,10 +132,11 @@ impl fmt::Debug for BusClaim {
 impl Drop for BusClaim {
     fn drop(&mut self) {
         if let Some(ranges) = self.ranges.upgrade() {
-            ranges
-                .write()
-                .unwrap_or_else(PoisonError::into_inner)
-                .remove(self.base);
+            let mut held = ranges.write().unwrap_or_else(PoisonError::into_inner);
+            let device = held.remove(self.base);
+            drop(held);
+            // The last reference to a device may go here, and with it claims of its own.
+            drop(device);
         }
     }
 }
@@ -174,6 +175,28 @@ mod tests {
             device.0.lock().expect("no panic while locked").as_slice(),
             [(0xF, vec![9])]
         );
+    }
+
+    #[test]
+    fn a_device_that_goes_with_its_claim_may_hold_claims_itself() {
+        struct Holder {
+            _claim: Option<BusClaim>,
+        }
+
+        impl BusDevice for Holder {
+            fn read(&self, _offset: u64, _data: &mut [u8]) {}
+            fn write(&self, _offset: u64, _data: &[u8]) {}
+        }
+
+        let bus = Bus::new();
+        let inner = bus
+            .claim(0, 1, Arc::new(Holder { _claim: None }))
+            .expect("bus is empty");
+        let outer = bus
+            .claim(1, 1, Arc::new(Holder { _claim: Some(inner) }))
+            .expect("it is free");
+        drop(outer);
+        assert_eq!(bus.range_count(), 0);
     }
 
     #[test]

@@ -1,14 +1,14 @@
 //! The one way to a valid configuration: everything is said first, then checked as a whole.
 //!
-//! Steps of [`VmConfigBuilder::build`]: names and limits; then the PCI addresses that were given, so that no device
-//! without one can take them; then the first free slots in the order of disks and cards; MAC addresses last, which
-//! need the VM's identity.
+//! Steps of [`VmConfigBuilder::build`]: names and limits; then the PCI addresses and ACPI indices that were given, so
+//! that no device without one can take them; then the first free ones in the order of disks and cards; MAC addresses
+//! last, which need the VM's identity.
 
 use std::path::{Path, PathBuf};
 
 use super::disk::{DiskConfig, DiskSpec};
 use super::memory::{ByteSize, MemoryConfig, MemorySpec};
-use super::nic::{NicConfig, NicSpec, QUEUE_PAIRS_MAX, check_tap};
+use super::nic::{ACPI_INDEX_MAX, NICS_MAX, NicSpec, QUEUE_PAIRS_MAX, add_nic, device_name};
 use super::slots::Slots;
 use super::version::{ConfigVersion, NeedsVersion};
 use super::{BootConfig, VmConfig};
@@ -75,6 +75,22 @@ pub enum ConfigError {
     /// Two disks have one name.
     #[error("two disks are called {name}")]
     DuplicateDisk { name: DiskName },
+    /// There are more network cards than a VM can have.
+    #[error("network card {name} is one too many: a vm can have {NICS_MAX}")]
+    TooManyNics { name: NicName },
+    /// No network card has the name.
+    #[error("the vm has no network card {name}")]
+    NoNic { name: NicName },
+    /// The ACPI index is out of range.
+    #[error("network card {nic} asks for acpi index {index}, from 1 to {ACPI_INDEX_MAX} are possible")]
+    AcpiIndex { nic: NicName, index: u16 },
+    /// Two network cards have one ACPI index.
+    #[error("network cards {first} and {second} have the same acpi index {index}")]
+    DuplicateAcpiIndex {
+        index: u16,
+        first: NicName,
+        second: NicName,
+    },
     /// Two network cards have one name.
     #[error("two network cards are called {name}")]
     DuplicateNic { name: NicName },
@@ -255,15 +271,15 @@ impl VmConfigBuilder {
                 .map_or(Ok(()), |bdf| slots.take(bdf, format!("disk {}", disk.name)))?;
         }
         for nic in &self.nics {
-            nic.bdf.map_or(Ok(()), |bdf| {
-                slots.take(bdf, format!("network card {}", nic.name))
-            })?;
+            nic.bdf
+                .map_or(Ok(()), |bdf| slots.take(bdf, device_name(&nic.name)))?;
         }
+        let given = self.nics.iter().filter_map(|nic| nic.acpi_index).collect();
         for disk in self.disks {
             add_disk(&mut config, &mut slots, disk)?;
         }
         for nic in self.nics {
-            add_nic(&mut config, &mut slots, nic)?;
+            add_nic(&mut config, &mut slots, &given, nic)?;
         }
         Ok(config)
     }
@@ -329,48 +345,5 @@ fn add_disk(config: &mut VmConfig, slots: &mut Slots, spec: DiskSpec) -> Result<
         read_only: spec.read_only,
         bdf,
     });
-    Ok(())
-}
-
-fn add_nic(config: &mut VmConfig, slots: &mut Slots, spec: NicSpec) -> Result<(), ConfigError> {
-    let name = NicName::new(spec.name)?;
-    check_tap(&name, &spec.tap)?;
-    if !(1..=QUEUE_PAIRS_MAX).contains(&spec.queue_pairs) {
-        return Err(ConfigError::QueuePairs {
-            nic: name,
-            count: spec.queue_pairs,
-        });
-    }
-    let mac = spec.mac.unwrap_or_else(|| MacAddr::derived(config.id, &name));
-    for other in &config.nics {
-        check_distinct(other, &name, mac, &spec.tap)?;
-    }
-    let bdf = match spec.bdf {
-        Some(bdf) => bdf,
-        None => slots.take_first_free(format!("network card {name}"))?,
-    };
-    config.nics.push(NicConfig {
-        name,
-        tap: spec.tap,
-        queue_pairs: spec.queue_pairs,
-        mac,
-        bdf,
-        link_up: spec.link_up,
-    });
-    Ok(())
-}
-
-fn check_distinct(other: &NicConfig, name: &NicName, mac: MacAddr, tap: &str) -> Result<(), ConfigError> {
-    let (first, second) = (other.name.clone(), name.clone());
-    if first == second {
-        return Err(ConfigError::DuplicateNic { name: first });
-    }
-    if other.mac == mac {
-        return Err(ConfigError::DuplicateMac { mac, first, second });
-    }
-    if other.tap == tap {
-        let tap = tap.to_owned();
-        return Err(ConfigError::DuplicateTap { tap, first, second });
-    }
     Ok(())
 }

@@ -166,13 +166,15 @@ fn nic_spec(nic: NicV2) -> NicSpec {
         queue_pairs,
         mac,
         bdf,
+        acpi_index,
         link_up,
     } = nic;
-    NicSpec::new(name, tap)
+    let spec = NicSpec::new(name, tap)
         .queue_pairs(queue_pairs)
         .mac(mac)
         .bdf(bdf)
-        .link_up(link_up)
+        .link_up(link_up);
+    acpi_index.into_iter().fold(spec, NicSpec::acpi_index)
 }
 
 fn document(config: &VmConfig) -> DocumentV2 {
@@ -249,6 +251,7 @@ fn nic_document(nic: NicConfig) -> NicV2 {
         queue_pairs,
         mac,
         bdf,
+        acpi_index,
         link_up,
     } = nic;
     NicV2 {
@@ -257,6 +260,7 @@ fn nic_document(nic: NicConfig) -> NicV2 {
         queue_pairs,
         mac,
         bdf,
+        acpi_index,
         link_up,
     }
 }

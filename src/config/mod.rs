@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod builder;
+mod change;
 mod disk;
 mod document;
 mod memory;
@@ -29,8 +30,8 @@ pub use memory::{
     ByteSize, HUGE_PAGE_BYTES, MEMORY_MAX_BYTES, MemoryConfig, RUNTIME_MEMORY_STEP_BYTES, STARTUP_MIN_BYTES,
     STARTUP_STEP_BYTES,
 };
-pub use nic::{NicConfig, NicSpec, QUEUE_PAIRS_MAX, TAP_NAME_MAX_BYTES};
-pub use slots::{BALLOON_BDF, CONSOLE_BDF, MEM_BDF, PLATFORM_SLOT_COUNT, RNG_BDF, SEGMENT_COUNT};
+pub use nic::{ACPI_INDEX_MAX, NICS_MAX, NicConfig, NicSpec, QUEUE_PAIRS_MAX, TAP_NAME_MAX_BYTES};
+pub use slots::{BALLOON_BDF, CONSOLE_BDF, MEM_BDF, PLATFORM_SLOT_COUNT, RNG_BDF, SEGMENT_COUNT, first_slot};
 pub use state_dir::{StateDir, StateDirError};
 pub use version::{ConfigVersion, Feature, NeedsVersion, ParseVersionError};
 

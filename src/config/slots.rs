@@ -74,7 +74,8 @@ impl Slots {
     }
 }
 
-fn first_slot(segment: u16) -> u8 {
+/// The first slot of `segment` that a disk or network card can have.
+pub fn first_slot(segment: u16) -> u8 {
     if segment == 0 { PLATFORM_SLOT_COUNT } else { 1 }
 }
 

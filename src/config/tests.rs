@@ -84,6 +84,7 @@ fn a_vm_about_which_little_is_said_gets_the_defaults() {
     assert_eq!(disk.bdf.to_string(), "0000:00:08.0");
     assert_eq!(nic.bdf.to_string(), "0000:00:09.0");
     assert_eq!(nic.mac, MacAddr::derived(config.id(), &nic.name));
+    assert_eq!(nic.acpi_index, Some(1));
     assert!(!disk.read_only && nic.link_up);
     assert_ne!(config.id(), base().build().unwrap().id(), "identities are new");
 }
@@ -290,7 +291,7 @@ fn the_largest_configuration_fits_into_a_document() {
     }
     let disks = builder.build().unwrap();
     assert_eq!(read(&write(&disks)).unwrap(), disks);
-    let nics = (0..117).fold(base(), |builder, n| {
+    let nics = (0..NICS_MAX).fold(base(), |builder, n| {
         builder.nic(NicSpec::new(name(n), format!("tap{n}")))
     });
     let nics = nics.build().unwrap();

@@ -1,6 +1,6 @@
 //! The document of configuration version 1.0, frozen: a change here breaks every VM that an older library wrote.
 //!
-//! It differs from 2.0 in its memory, which cannot grow.
+//! It differs from 2.0 in its memory, which cannot grow, and in its network cards, whose names the guest does not see.
 
 use serde::{Deserialize, Serialize};
 
@@ -163,7 +163,7 @@ impl TryFrom<DocumentV2> for DocumentV1 {
             },
             boot: boot.into(),
             disks: disks.into_iter().map(DiskV1::from).collect(),
-            nics: nics.into_iter().map(NicV1::from).collect(),
+            nics: nics.into_iter().map(NicV1::try_from).collect::<Result<_, _>>()?,
         })
     }
 }
@@ -248,28 +248,38 @@ impl From<NicV1> for NicV2 {
             queue_pairs,
             mac,
             bdf,
+            acpi_index: None,
             link_up,
         }
     }
 }
 
-impl From<NicV2> for NicV1 {
-    fn from(from: NicV2) -> Self {
+impl TryFrom<NicV2> for NicV1 {
+    type Error = CannotExpress;
+
+    fn try_from(from: NicV2) -> Result<Self, CannotExpress> {
         let NicV2 {
             name,
             tap,
             queue_pairs,
             mac,
             bdf,
+            acpi_index,
             link_up,
         } = from;
-        Self {
+        if let Some(index) = acpi_index {
+            return Err(CannotExpress {
+                field: "nics[].acpi_index",
+                value: index.to_string(),
+            });
+        }
+        Ok(Self {
             name,
             tap,
             queue_pairs,
             mac,
             bdf,
             link_up,
-        }
+        })
     }
 }

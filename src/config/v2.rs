@@ -3,7 +3,7 @@
 //! It is also the form in which every document is read and from which every document is written: older ones step up
 //! to it and down from it.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::version::ConfigVersion;
 use crate::ids::{Bdf, DiskName, MacAddr, NicName, VmId, VmName};
@@ -66,5 +66,13 @@ pub struct NicV2 {
     pub queue_pairs: u16,
     pub mac: MacAddr,
     pub bdf: Bdf,
+    /// A document of version 2.0 always says it; `None` comes from older documents only.
+    #[serde(deserialize_with = "said")]
+    pub acpi_index: Option<u16>,
     pub link_up: bool,
+}
+
+/// A number, neither left out nor null.
+fn said<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u16>, D::Error> {
+    u16::deserialize(deserializer).map(Some)
 }

@@ -45,8 +45,18 @@ pub const SLEEP_STATUS_OFFSET: u64 = 0x101;
 pub const RESET_OFFSET: u64 = 0x102;
 /// The value that resets the machine when written to the reset register.
 pub const RESET_VALUE: u8 = 0x42;
-/// Offset of the PCI hot-plug registers.
+/// Offset of the PCI hot-plug registers; first come those that tell what changed, segment by segment.
 pub const HOTPLUG_OFFSET: u64 = 0x1000;
+/// Offset, among the hot-plug registers, of the one that ejects a slot.
+pub const HOTPLUG_EJECT_OFFSET: u64 = 0x40;
+/// Offset, among the hot-plug registers, of the one that selects a slot for the two that follow.
+pub const HOTPLUG_SELECT_OFFSET: u64 = 0x44;
+/// Offset, among the hot-plug registers, of the selected slot's ACPI index.
+pub const HOTPLUG_INDEX_OFFSET: u64 = 0x48;
+/// Offset, among the hot-plug registers, of the selected slot's label in UTF-16.
+pub const HOTPLUG_LABEL_OFFSET: u64 = 0x50;
+/// The room for a label: 64 units and a final zero, in whole 8-byte words.
+pub const HOTPLUG_LABEL_BYTES: usize = 136;
 
 /// The I/O APIC's registers (Intel 82093AA).
 pub const IOAPIC_BASE: u64 = 0xFEC0_0000;

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use crate::acpi::device::{ACPI_DEVICE_BYTES, AcpiDevice};
+use crate::acpi::pci_hotplug::registers::{PCI_HOTPLUG_BYTES, PciHotplug};
 use crate::acpi::pvpanic::{PVPANIC_PORT, Pvpanic};
 use crate::acpi::tables::AcpiTables;
 use crate::boot::BootSource;
@@ -25,32 +26,32 @@ use crate::machine::memslots::Memslots;
 use crate::machine::vcpu::{Buses, Vcpu};
 use crate::memory::host::HostMemory;
 use crate::memory::layout::{
-    ACPI_REGISTERS_BASE, GED_GSI, I8042_COMMAND_PORT, RTC_PORT, SERIAL_GSI, SERIAL_PORT, SERIAL_PORT_COUNT,
+    ACPI_REGISTERS_BASE, GED_GSI, HOTPLUG_OFFSET, I8042_COMMAND_PORT, RTC_PORT, SERIAL_GSI, SERIAL_PORT,
+    SERIAL_PORT_COUNT,
 };
 use crate::memory::region::{GuestRam, RamOptions};
 use crate::memory::runtime::RuntimeMemory;
 use crate::pci::root::PciRoot;
-use crate::pci::slots::OccupiedSlot;
 use crate::unit::Unit;
 use crate::virtio::block::Block;
 use crate::virtio::console::{Console, PortConfig};
 use crate::virtio::device::VirtioDevice;
-use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
 use crate::virtio::transport::{TransportResources, VirtioPciDevice};
+use crate::vm::device_set::DeviceSet;
 use crate::vm::host::{HostDevices, HostPort};
 use crate::vm::mailbox::Mailbox;
 use crate::vm::memory_units::{MemoryUnits, new_runtime};
 use crate::vm::platform::{BuildError, Machine, Platform};
-use crate::vm::units::KvmMachine;
+use crate::vm::units::{KvmMachine, build_nic};
 
 /// Builds machines on this host's KVM, with devices that get their host side from `H`.
 pub struct KvmPlatform<H> {
-    host: H,
+    host: Arc<H>,
     memory: HostMemory,
 }
 
-impl<H: HostDevices> KvmPlatform<H> {
+impl<H: HostDevices + 'static> KvmPlatform<H> {
     /// Uses `host` for every machine built. What the host can promise to its VMs is shared by the VMs of this platform.
     pub fn new(host: H) -> Self {
         Self::with_memory(host, HostMemory::default())
@@ -58,11 +59,14 @@ impl<H: HostDevices> KvmPlatform<H> {
 
     /// The same, with what the host can promise shared by all platforms that have a clone of `memory`.
     pub fn with_memory(host: H, memory: HostMemory) -> Self {
-        Self { host, memory }
+        Self {
+            host: Arc::new(host),
+            memory,
+        }
     }
 }
 
-impl<H: HostDevices> Platform for KvmPlatform<H> {
+impl<H: HostDevices + 'static> Platform for KvmPlatform<H> {
     fn check(&self, config: &VmConfig) -> Result<(), BuildError> {
         let kvm = Kvm::open()?;
         check_vcpus(&kvm, config)?;
@@ -89,7 +93,7 @@ impl<H: HostDevices> Platform for KvmPlatform<H> {
         let kvm = Kvm::open()?;
         check_vcpus(&kvm, config)?;
         let boot = open_boot(config)?;
-        let mut assembly = Assembly::new(&kvm, config, &self.memory, mailbox)?;
+        let mut assembly = Assembly::new(&kvm, config, &self.memory, mailbox, self.host.clone())?;
         assembly.add_platform(self.serial_output()?)?;
         let entropy = |source| BuildError::Host {
             what: "its source of entropy",
@@ -114,15 +118,13 @@ impl<H: HostDevices> Platform for KvmPlatform<H> {
             assembly.add_virtio(disk.unit_name(), disk.bdf, Box::new(block))?;
         }
         for nic in config.nics() {
-            let mut net = Net::new(nic.mac, self.open_nic(nic)?)?;
-            net.set_link(nic.link_up);
-            assembly.add_virtio(nic.unit_name(), nic.bdf, Box::new(net))?;
+            assembly.add_nic(nic)?;
         }
         assembly.finish(config.cpu_count(), boot)
     }
 }
 
-impl<H: HostDevices> KvmPlatform<H> {
+impl<H: HostDevices + 'static> KvmPlatform<H> {
     fn serial_output(&self) -> Result<Box<dyn std::io::Write + Send>, BuildError> {
         let output = self.host.serial_output();
         output.map_err(|source| BuildError::Host {
@@ -226,11 +228,12 @@ struct Assembly {
     resources: TransportResources,
     pci: Arc<PciRoot>,
     mailbox: Mailbox,
+    host: Arc<dyn HostDevices>,
     claims: Vec<BusClaim>,
-    slots: Vec<OccupiedSlot>,
     units: Vec<Arc<dyn Unit>>,
-    devices: Vec<Arc<VirtioPciDevice>>,
-    acpi: Option<Arc<AcpiDevice>>,
+    devices: DeviceSet,
+    acpi: Arc<AcpiDevice>,
+    hotplug: Arc<PciHotplug>,
 }
 
 impl Assembly {
@@ -239,6 +242,7 @@ impl Assembly {
         config: &VmConfig,
         host_memory: &HostMemory,
         mailbox: Mailbox,
+        host: Arc<dyn HostDevices>,
     ) -> Result<Self, BuildError> {
         let vm = kvm.create_vm()?;
         let ram = Arc::new(new_ram(kvm, config)?);
@@ -264,7 +268,11 @@ impl Assembly {
             memory,
             listener: Arc::new(mailbox.clone()),
         };
-        let pci = Arc::new(PciRoot::new(&buses.mmio)?);
+        let mmio = buses.mmio.clone();
+        let pci = Arc::new(PciRoot::new(&mmio)?);
+        let acpi = AcpiDevice::new(gsi.line(GED_GSI)?, Arc::new(mailbox.clone()));
+        let acpi = Arc::new(acpi);
+        let hotplug = Arc::new(PciHotplug::new(acpi.clone(), Arc::new(mailbox.clone())));
         let units: Vec<Arc<dyn Unit>> = vec![
             Arc::new(Irqchip::new(vm.clone())?),
             Arc::new(Pit::new(vm.clone())?),
@@ -282,11 +290,12 @@ impl Assembly {
             resources,
             pci,
             mailbox,
+            host,
             claims: Vec::new(),
-            slots: Vec::new(),
             units,
-            devices: Vec::new(),
-            acpi: None,
+            devices: DeviceSet::new(hotplug.clone(), mmio),
+            acpi,
+            hotplug,
         })
     }
 
@@ -297,8 +306,7 @@ impl Assembly {
         let rtc = Arc::new(Rtc::new());
         let i8042 = Arc::new(I8042::new(power.clone()));
         let reset_control = Arc::new(ResetControl::new(power.clone()));
-        let pvpanic = Arc::new(Pvpanic::new(power.clone()));
-        let acpi = Arc::new(AcpiDevice::new(self.gsi.line(GED_GSI)?, power));
+        let pvpanic = Arc::new(Pvpanic::new(power));
         let pio = self.buses.pio.clone();
         self.add(&pio, SERIAL_PORT.into(), SERIAL_PORT_COUNT.into(), serial)?;
         self.add(&pio, RTC_PORT.into(), RTC_PORT_COUNT.into(), rtc)?;
@@ -307,9 +315,10 @@ impl Assembly {
             .push(pio.claim(RESET_CONTROL_PORT.into(), 1, reset_control)?);
         self.add(&pio, PVPANIC_PORT.into(), 1, pvpanic)?;
         let mmio = self.buses.mmio.clone();
-        self.add(&mmio, ACPI_REGISTERS_BASE, ACPI_DEVICE_BYTES, acpi.clone())?;
-        self.acpi = Some(acpi);
-        Ok(())
+        let (acpi, hotplug) = (self.acpi.clone(), self.hotplug.clone());
+        self.add(&mmio, ACPI_REGISTERS_BASE, ACPI_DEVICE_BYTES, acpi)?;
+        let hotplug_base = ACPI_REGISTERS_BASE + HOTPLUG_OFFSET;
+        self.add(&mmio, hotplug_base, PCI_HOTPLUG_BYTES, hotplug)
     }
 
     fn add<D>(&mut self, bus: &Bus, base: u64, len: u64, device: Arc<D>) -> Result<(), BuildError>
@@ -330,9 +339,7 @@ impl Assembly {
     ) -> Result<Arc<VirtioPciDevice>, BuildError> {
         let reserved = self.pci.reserve(bdf)?;
         let device = VirtioPciDevice::new(device, name, bdf, self.resources.clone())?;
-        self.slots.push(reserved.occupy(device.clone()));
-        self.units.push(device.clone());
-        self.devices.push(device.clone());
+        self.devices.add_fixed(reserved, device.clone());
         Ok(device)
     }
 
@@ -349,6 +356,14 @@ impl Assembly {
         Ok(())
     }
 
+    /// A network card, which the guest can eject.
+    fn add_nic(&mut self, nic: &NicConfig) -> Result<(), BuildError> {
+        let reserved = self.pci.reserve(nic.bdf)?;
+        let device = build_nic(&*self.host, &self.resources, nic)?;
+        self.devices.add_nic(reserved, device, nic);
+        Ok(())
+    }
+
     fn finish(self, cpu_count: u8, boot: BootSource) -> Result<Arc<dyn Machine>, BuildError> {
         let listener = Arc::new(self.mailbox.clone());
         let count = u32::from(cpu_count);
@@ -362,16 +377,16 @@ impl Assembly {
                 listener.clone(),
             )?);
         }
-        let acpi = self.acpi.expect("add_platform is called before finish");
         let machine = KvmMachine {
             vcpus,
             event_loop: self.event_loop,
-            slots: self.slots,
             devices: self.devices,
+            resources: self.resources,
+            host: self.host,
             units: self.units,
             claims: self.claims,
             pci: self.pci,
-            acpi,
+            acpi: self.acpi,
             tables: AcpiTables::new(cpu_count),
             boot,
             memory: self.memory,

@@ -1,5 +1,7 @@
 //! Why a request is refused and why an operation fails.
 
+use crate::config::{ConfigError, StateDirError};
+use crate::ids::NicName;
 use crate::state::State;
 use crate::vm::operation::OperationKind;
 use crate::vm::platform::BuildError;
@@ -22,6 +24,23 @@ pub enum RequestError {
     Gone,
 }
 
+/// Why a request about a network card was refused. Nothing has been begun.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NicRequestError {
+    /// The VM does not take the request now.
+    #[error(transparent)]
+    Request(#[from] RequestError),
+    /// The VM has no such card, or cannot have it.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The card is being added.
+    #[error("network card {name} is still being added")]
+    BeingAdded { name: NicName },
+    /// The card is being removed. Only force may follow, and only once.
+    #[error("network card {name} is being removed")]
+    BeingRemoved { name: NicName },
+}
+
 /// Why an operation failed.
 #[derive(Debug, thiserror::Error)]
 pub enum OperationError {
@@ -38,4 +57,7 @@ pub enum OperationError {
         #[source]
         source: std::io::Error,
     },
+    /// The changed configuration could not be stored; the change was undone.
+    #[error("the change could not be stored and was undone")]
+    NotStored(#[source] StateDirError),
 }

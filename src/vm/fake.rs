@@ -2,14 +2,16 @@
 //!
 //! It answers at once. Its [`FakeControl`] plays the guest: it can end, reset or ignore the power button.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde_json::{Value, json};
 
-use crate::config::VmConfig;
+use crate::config::{NicConfig, VmConfig};
 use crate::event::EndCause;
+use crate::ids::{Bdf, NicName, UnitName};
 use crate::memory::host::HostMemoryError;
-use crate::unit::{PauseTicket, PowerListener, PowerRequest};
+use crate::unit::{PauseTicket, PowerListener, PowerRequest, UnitListener};
 use crate::vm::mailbox::Mailbox;
 use crate::vm::memory::machine::{MachineMemory, Observed};
 use crate::vm::memory::plan::Plan;
@@ -35,6 +37,10 @@ struct Behaviour {
     obeys_button: bool,
     alive_count: usize,
     memory: FakeMemory,
+    refuses_nics: bool,
+    takes_nics: bool,
+    releases_nics: bool,
+    nics: BTreeMap<Bdf, NicConfig>,
 }
 
 /// The memory of a guest that is not there.
@@ -99,17 +105,14 @@ impl FakeControl {
 
     /// From now on the host refuses to build, or to reset, or does not.
     pub fn refuse(&self, build: bool, reset: bool) {
-        let mut behaviour = self.behaviour.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut behaviour = self.lock();
         behaviour.refuses_build = build;
         behaviour.refuses_reset = reset;
     }
 
     /// Whether the guest switches itself off when the power button is pressed.
     pub fn obey_button(&self, obeys: bool) {
-        self.behaviour
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .obeys_button = obeys;
+        self.lock().obeys_button = obeys;
     }
 
     /// What the guest does when its memory is to change.
@@ -125,18 +128,57 @@ impl FakeControl {
 
     /// The number of machines that exist.
     pub fn alive_count(&self) -> usize {
-        self.behaviour
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .alive_count
+        self.lock().alive_count
+    }
+
+    /// Whether the host refuses network cards from now on.
+    pub fn refuse_nics(&self, refuses: bool) {
+        self.lock().refuses_nics = refuses;
+    }
+
+    /// Whether the guest's driver takes new network cards at once, and whether the guest lets go at once of those that
+    /// it is asked for.
+    pub fn obey_hot_plug(&self, takes: bool, releases: bool) {
+        let mut behaviour = self.lock();
+        behaviour.takes_nics = takes;
+        behaviour.releases_nics = releases;
+    }
+
+    /// The guest lets go of the device at `bdf`, asked or not.
+    pub fn eject(&self, bdf: Bdf) {
+        if let Some(mailbox) = self.mailbox() {
+            mailbox.ejected(bdf);
+        }
+    }
+
+    /// The guest's driver takes the unit, or lets go of it.
+    pub fn driver(&self, unit: &UnitName, ready: bool) {
+        if let Some(mailbox) = self.mailbox() {
+            mailbox.driver_ready(unit, ready);
+        }
+    }
+
+    /// The network cards of the present machine.
+    pub fn nics(&self) -> Vec<NicConfig> {
+        self.lock().nics.values().cloned().collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Behaviour> {
+        self.behaviour.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn mailbox(&self) -> Option<Mailbox> {
-        self.behaviour
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .mailbox
-            .clone()
+        self.lock().mailbox.clone()
+    }
+}
+
+impl Behaviour {
+    fn nic(&self, unit: &UnitName) -> Option<&NicConfig> {
+        self.nics.values().find(|nic| nic.unit_name() == *unit)
+    }
+
+    fn nic_mut(&mut self, unit: &UnitName) -> Option<&mut NicConfig> {
+        self.nics.values_mut().find(|nic| nic.unit_name() == *unit)
     }
 }
 
@@ -153,17 +195,14 @@ impl Platform for FakePlatform {
     }
 
     fn build(&self, config: &VmConfig, mailbox: Mailbox) -> Result<Arc<dyn Machine>, BuildError> {
-        let mut behaviour = self
-            .control
-            .behaviour
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut behaviour = self.control.lock();
         if behaviour.refuses_build {
             return Err(refused("guest memory"));
         }
         behaviour.mailbox = Some(mailbox.clone());
         behaviour.alive_count += 1;
         behaviour.memory.power_on();
+        behaviour.nics = config.nics().iter().map(|nic| (nic.bdf, nic.clone())).collect();
         Ok(Arc::new(FakeMachine {
             vcpu_count: config.cpu_count().into(),
             mailbox,
@@ -190,11 +229,7 @@ impl Machine for FakeMachine {
     fn resume_units(&self) {}
 
     fn reset(&self) -> Result<(), BuildError> {
-        let mut behaviour = self
-            .control
-            .behaviour
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut behaviour = self.control.lock();
         if behaviour.refuses_reset {
             Err(refused("the kernel file"))
         } else {
@@ -204,12 +239,7 @@ impl Machine for FakeMachine {
     }
 
     fn press_power_button(&self) {
-        let obeys = self
-            .control
-            .behaviour
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .obeys_button;
+        let obeys = self.control.lock().obeys_button;
         if obeys {
             self.mailbox.power_request(PowerRequest::PowerOff);
         }
@@ -219,6 +249,51 @@ impl Machine for FakeMachine {
 
     fn memory(&self) -> &dyn MachineMemory {
         self
+    }
+
+    fn add_nic(&self, nic: &NicConfig) -> Result<(), BuildError> {
+        let mut behaviour = self.control.lock();
+        if behaviour.refuses_nics {
+            return Err(refused("a network card"));
+        }
+        behaviour.nics.insert(nic.bdf, nic.clone());
+        Ok(())
+    }
+
+    fn announce(&self, unit: &UnitName) {
+        let takes = self.control.lock().takes_nics;
+        if takes {
+            self.mailbox.driver_ready(unit, true);
+        }
+    }
+
+    fn request_eject(&self, unit: &UnitName) -> bool {
+        let behaviour = self.control.lock();
+        let Some(nic) = behaviour.nic(unit) else {
+            return false;
+        };
+        if behaviour.releases_nics {
+            self.mailbox.ejected(nic.bdf);
+        }
+        true
+    }
+
+    fn remove_device(&self, unit: &UnitName) -> bool {
+        let mut behaviour = self.control.lock();
+        let bdf = behaviour.nic(unit).map(|nic| nic.bdf);
+        bdf.and_then(|bdf| behaviour.nics.remove(&bdf)).is_some()
+    }
+
+    fn rename_nic(&self, unit: &UnitName, name: &NicName) {
+        if let Some(nic) = self.control.lock().nic_mut(unit) {
+            nic.name = name.clone();
+        }
+    }
+
+    fn set_link(&self, unit: &UnitName, up: bool) {
+        if let Some(nic) = self.control.lock().nic_mut(unit) {
+            nic.link_up = up;
+        }
     }
 
     fn devices(&self) -> Vec<DeviceStatus> {
@@ -239,20 +314,11 @@ impl FakeMemory {
 
 impl MachineMemory for FakeMachine {
     fn observe(&self) -> Observed {
-        self.control
-            .behaviour
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .memory
-            .now
+        self.control.lock().memory.now
     }
 
     fn promise(&self, bytes: u64, unchecked: bool) -> Result<(), HostMemoryError> {
-        let mut behaviour = self
-            .control
-            .behaviour
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut behaviour = self.control.lock();
         let memory = &mut behaviour.memory;
         if memory.host_refuses && !unchecked && bytes > memory.promised_bytes {
             return Err(HostMemoryError::Unavailable {
@@ -265,11 +331,7 @@ impl MachineMemory for FakeMachine {
     }
 
     fn request(&self, plan: &Plan) {
-        let mut behaviour = self
-            .control
-            .behaviour
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut behaviour = self.control.lock();
         let memory = &mut behaviour.memory;
         if memory.obeys && !plan.is_reached(&memory.now) {
             memory.now.plugged_bytes = plan.plugged_bytes;
@@ -297,10 +359,8 @@ impl MachineMemory for FakeMachine {
 
 impl Drop for FakeMachine {
     fn drop(&mut self) {
-        self.control
-            .behaviour
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .alive_count -= 1;
+        let mut behaviour = self.control.lock();
+        behaviour.alive_count -= 1;
+        behaviour.nics.clear();
     }
 }

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::event::EndCause;
-use crate::ids::UnitName;
+use crate::ids::{Bdf, UnitName};
 use crate::unit::{PowerListener, PowerRequest, UnitListener};
 use crate::vm::error::RequestError;
 use crate::vm::operation::{Operation, OperationKind};
@@ -73,6 +73,10 @@ pub(super) enum Notice {
     },
     /// What the guest has of its memory changed, or it told of it; the machine tells what.
     Memory,
+    /// The guest let go of the device at `bdf`.
+    Ejected {
+        bdf: Bdf,
+    },
 }
 
 impl Notice {
@@ -83,7 +87,15 @@ impl Notice {
             (Self::DriverReady { unit, .. }, Self::DriverReady { unit: other, .. })
             | (Self::NeedsReset { unit, .. }, Self::NeedsReset { unit: other, .. }) => unit == other,
             (Self::Memory, Self::Memory) => true,
-            (Self::Power(_) | Self::Memory | Self::DriverReady { .. } | Self::NeedsReset { .. }, _) => false,
+            (Self::Ejected { bdf }, Self::Ejected { bdf: other }) => bdf == other,
+            (
+                Self::Power(_)
+                | Self::Memory
+                | Self::DriverReady { .. }
+                | Self::NeedsReset { .. }
+                | Self::Ejected { .. },
+                _,
+            ) => false,
         }
     }
 }
@@ -162,6 +174,11 @@ impl Mailbox {
     /// A vCPU ended by itself and will not run again.
     pub fn vcpu_ended(&self, cause: EndCause) {
         self.report(Report::VcpuEnded { cause });
+    }
+
+    /// The guest let go of the device at `bdf`.
+    pub fn ejected(&self, bdf: Bdf) {
+        self.notice(Notice::Ejected { bdf });
     }
 }
 

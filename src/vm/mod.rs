@@ -4,12 +4,16 @@
 //! thing after another; handles send it requests and wait for its answers, never for the guest.
 
 pub mod builder;
+mod card;
+mod cards;
+mod device_set;
 mod error;
 pub mod fake;
 pub mod host;
 mod mailbox;
 pub mod memory;
 mod memory_units;
+pub mod nic;
 pub mod operation;
 mod ops;
 pub mod platform;
@@ -29,13 +33,14 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-pub use error::{OperationError, RequestError};
+pub use error::{NicRequestError, OperationError, RequestError};
 pub use mailbox::Mailbox;
 
 use crate::config::{StateDir, StateDirError, VmConfig};
 use crate::event::EventStream;
 use crate::state::State;
 use crate::vm::mailbox::{Message, Request};
+use crate::vm::nic::NicInfo;
 use crate::vm::operation::{Operation, OperationKind};
 use crate::vm::platform::{BuildError, DeviceStatus, Platform};
 use crate::vm::shared::Shared;
@@ -68,6 +73,8 @@ pub struct VmStatus {
     pub operation: Option<OperationKind>,
     /// The devices that a running machine has; empty when there is none.
     pub devices: Vec<DeviceStatus>,
+    /// The network cards, with those that are being added.
+    pub nics: Vec<NicInfo>,
 }
 
 /// Why a VM could not be made. Nothing has been created or left behind.
@@ -232,6 +239,7 @@ impl Vm {
                 .machine
                 .as_ref()
                 .map_or_else(Vec::new, |machine| machine.devices()),
+            nics: ops::nic::infos(supervisor),
         })
     }
 
@@ -244,6 +252,7 @@ impl Vm {
             json!({
                 "state": supervisor.state,
                 "operation": supervisor.in_flight().map(OperationKind::as_str),
+                "nics": supervisor.cards.inspect(),
                 "machine": supervisor.machine.as_ref().map(|machine| machine.inspect()),
             })
         })
@@ -313,3 +322,9 @@ impl Drop for Inner {
 
 #[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+mod nic_tests;
+
+#[cfg(test)]
+mod nic_sequences;

@@ -22,11 +22,12 @@ pub enum OperationKind {
     ResizeMemory,
     AddNic,
     RemoveNic,
+    ChangeNic,
 }
 
 impl OperationKind {
     /// Every kind.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Start,
         Self::Pause,
         Self::Resume,
@@ -36,13 +37,14 @@ impl OperationKind {
         Self::ResizeMemory,
         Self::AddNic,
         Self::RemoveNic,
+        Self::ChangeNic,
     ];
 
     /// Whether operations of this kind go on beside others, whatever the state becomes meanwhile: they wait for the
     /// guest, which may take its time, and change nothing of the lifecycle.
     pub const fn is_beside(self) -> bool {
         match self {
-            Self::ResizeMemory | Self::AddNic | Self::RemoveNic => true,
+            Self::ResizeMemory | Self::AddNic | Self::RemoveNic | Self::ChangeNic => true,
             Self::Start | Self::Pause | Self::Resume | Self::Reset | Self::ShutDown | Self::PowerOff => false,
         }
     }
@@ -59,6 +61,7 @@ impl OperationKind {
             Self::ResizeMemory => "resize-memory",
             Self::AddNic => "add-nic",
             Self::RemoveNic => "remove-nic",
+            Self::ChangeNic => "change-nic",
         }
     }
 }

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::boot::BootError;
 use crate::bus::BusError;
-use crate::config::VmConfig;
+use crate::config::{NicConfig, VmConfig};
 use crate::event_loop::LoopError;
 use crate::ids::{DiskName, NicName, UnitName};
 use crate::machine::gsi::GsiError;
@@ -24,8 +24,9 @@ use crate::virtio::console::{ConnectError, ConsoleError};
 use crate::virtio::mem::MemError;
 use crate::virtio::net::NetError;
 use crate::virtio::transport::TransportError;
-use crate::vm::mailbox::Mailbox;
 use crate::vm::memory::machine::MachineMemory;
+
+pub use crate::vm::mailbox::Mailbox;
 
 /// Makes machines.
 pub trait Platform: Send + Sync {
@@ -75,6 +76,30 @@ pub trait Machine: Send + Sync {
 
     /// The guest's memory, as far as it changes at run time.
     fn memory(&self) -> &dyn MachineMemory;
+
+    /// Adds a network card; the guest could see it when it is whole, but is not told. Called on a worker thread, may
+    /// wait for the host.
+    ///
+    /// # Errors
+    /// [`BuildError`] names what the host refuses; nothing is left behind.
+    fn add_nic(&self, nic: &NicConfig) -> Result<(), BuildError>;
+
+    /// Asks the guest to look at the device, which is new.
+    fn announce(&self, unit: &UnitName);
+
+    /// Asks the guest to let go of the device; it answers with [`Mailbox::ejected`], when it likes. `false` when it
+    /// sees no such device.
+    fn request_eject(&self, unit: &UnitName) -> bool;
+
+    /// Gives back everything of the device, whether the guest has let go of it or not. Called on a worker thread.
+    /// `false` when there is no such device.
+    fn remove_device(&self, unit: &UnitName) -> bool;
+
+    /// Shows the guest another name of the network card.
+    fn rename_nic(&self, unit: &UnitName, name: &NicName);
+
+    /// Plugs the cable of the network card in, or pulls it out.
+    fn set_link(&self, unit: &UnitName, up: bool);
 
     /// What is known of the devices.
     fn devices(&self) -> Vec<DeviceStatus>;

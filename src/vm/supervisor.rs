@@ -14,11 +14,12 @@ use crate::config::{StateDir, VmConfig};
 use crate::event::{EndCause, EventKind, ResetCause};
 use crate::ids::OperationId;
 use crate::state::State;
+use crate::vm::cards::Cards;
 use crate::vm::error::RequestError;
 use crate::vm::mailbox::{Mailbox, Message, Notice, Notices, Report, Request};
 use crate::vm::operation::{Ended, Operation, OperationKind, Outcome};
-use crate::vm::ops::memory::{self, MemoryWork};
-use crate::vm::ops::{self, power};
+use crate::vm::ops::memory::MemoryWork;
+use crate::vm::ops::{self, memory, nic, power};
 use crate::vm::platform::{Machine, Platform};
 use crate::vm::shared::Shared;
 use crate::vm::transition::{Next, Trigger, may_begin, next};
@@ -44,6 +45,8 @@ pub(super) struct Supervisor {
     pub(super) state_dir: Option<Arc<StateDir>>,
     /// What is asked of the guest's memory.
     pub(super) memory: MemoryWork,
+    /// The network cards of the machine.
+    pub(super) cards: Cards,
     /// When which operation that goes on beside others has had its time.
     deadlines: BTreeSet<(Instant, OperationId)>,
     pub(super) end_cause: Option<EndCause>,
@@ -90,6 +93,7 @@ impl Supervisor {
             works: Works::new(sender.clone()),
             state_dir: state_dir.map(Arc::new),
             memory: MemoryWork::default(),
+            cards: Cards::default(),
             deadlines: BTreeSet::new(),
             end_cause: None,
             sender,
@@ -158,7 +162,10 @@ impl Supervisor {
             OperationKind::Reset => power::reset(self, ResetCause::Host),
             OperationKind::ShutDown => power::shut_down(self),
             OperationKind::PowerOff => power::power_off(self, EndCause::HostPowerOff),
-            OperationKind::ResizeMemory | OperationKind::AddNic | OperationKind::RemoveNic => {
+            OperationKind::ResizeMemory
+            | OperationKind::AddNic
+            | OperationKind::RemoveNic
+            | OperationKind::ChangeNic => {
                 unreachable!("these have requests of their own, with typed answers")
             }
         }
@@ -200,8 +207,12 @@ impl Supervisor {
     fn notice(&mut self, notice: Notice) {
         match notice {
             Notice::Power(request) => power::guest_request(self, request),
-            Notice::DriverReady { unit, ready } => self.publish(EventKind::DriverReady { unit, ready }),
             Notice::Memory => memory::look(self),
+            Notice::DriverReady { unit, ready } => {
+                nic::driver_ready(self, &unit, ready);
+                self.publish(EventKind::DriverReady { unit, ready });
+            }
+            Notice::Ejected { bdf } => nic::ejected(self, bdf),
             Notice::NeedsReset { unit, reason } => {
                 self.publish(EventKind::DeviceNeedsReset { unit, reason });
             }

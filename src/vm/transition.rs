@@ -229,7 +229,10 @@ pub const fn may_begin(kind: OperationKind, state: State, in_flight: Option<Oper
         OperationKind::Reset => {
             return in_flight.is_none() && matches!(state, State::Running | State::Paused);
         }
-        OperationKind::ResizeMemory | OperationKind::AddNic | OperationKind::RemoveNic => {
+        OperationKind::ResizeMemory
+        | OperationKind::AddNic
+        | OperationKind::RemoveNic
+        | OperationKind::ChangeNic => {
             return may_begin_beside(state, in_flight);
         }
     };

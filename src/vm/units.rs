@@ -9,19 +9,24 @@ use serde_json::{Value, json};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::acpi::device::AcpiDevice;
+use crate::acpi::pci_hotplug::registers::SlotListener;
 use crate::acpi::tables::AcpiTables;
 use crate::boot::BootSource;
 use crate::bus::BusClaim;
+use crate::config::NicConfig;
 use crate::event::EndCause;
 use crate::event_loop::EventLoop;
+use crate::ids::{Bdf, NicName, UnitName};
 use crate::machine::memslots::Memslot;
 use crate::machine::vcpu::{Vcpu, VcpuExitReason, VcpuListener};
 use crate::memory::layout::ACPI_TABLES_BASE;
 use crate::memory::region::GuestRam;
 use crate::pci::root::PciRoot;
-use crate::pci::slots::OccupiedSlot;
 use crate::unit::{PauseTicket, Unit};
-use crate::virtio::transport::VirtioPciDevice;
+use crate::virtio::net::Net;
+use crate::virtio::transport::{TransportResources, VirtioPciDevice};
+use crate::vm::device_set::DeviceSet;
+use crate::vm::host::HostDevices;
 use crate::vm::mailbox::Mailbox;
 use crate::vm::memory::machine::MachineMemory;
 use crate::vm::memory_units::MemoryUnits;
@@ -32,8 +37,10 @@ use crate::vm::platform::{BuildError, DeviceStatus, Machine};
 pub(super) struct KvmMachine {
     pub vcpus: Vec<Vcpu>,
     pub event_loop: EventLoop,
-    pub slots: Vec<OccupiedSlot>,
-    pub devices: Vec<Arc<VirtioPciDevice>>,
+    pub devices: DeviceSet,
+    pub resources: TransportResources,
+    pub host: Arc<dyn HostDevices>,
+    /// Everything but vCPUs and virtio devices.
     pub units: Vec<Arc<dyn Unit>>,
     pub claims: Vec<BusClaim>,
     pub pci: Arc<PciRoot>,
@@ -67,12 +74,17 @@ impl KvmMachine {
         Ok(())
     }
 
-    fn vcpu_units(&self) -> impl Iterator<Item = &dyn Unit> {
-        self.vcpus.iter().map(|vcpu| vcpu as &dyn Unit)
-    }
-
-    fn all_units(&self) -> impl Iterator<Item = &dyn Unit> {
-        self.units.iter().map(|unit| &**unit).chain(self.vcpu_units())
+    /// Does `act` with every unit, of which none comes or goes meanwhile: the platform's, the devices in the order in
+    /// which they were added, vCPUs. `pausing` says whether the machine stands from now on, or runs.
+    pub(super) fn with_units<R>(&self, pausing: Option<bool>, act: impl FnOnce(&[&dyn Unit]) -> R) -> R {
+        let mut devices = self.devices.lock();
+        if let Some(is_paused) = pausing {
+            devices.set_paused(is_paused);
+        }
+        let vcpus = self.vcpus.iter().map(|vcpu| vcpu as &dyn Unit);
+        let platform = self.units.iter().map(|unit| &**unit);
+        let devices = devices.devices().iter().map(|device| &**device as &dyn Unit);
+        act(&platform.chain(devices).chain(vcpus).collect::<Vec<_>>())
     }
 }
 
@@ -91,15 +103,17 @@ impl Machine for KvmMachine {
 
     fn pause_units(&self, ticket: PauseTicket) {
         // In any order: the vCPUs stand, and what a device still completes is in no unit's time but the host's.
-        self.all_units().for_each(|unit| unit.pause(ticket.clone()));
+        self.with_units(Some(true), |units| {
+            units.iter().for_each(|unit| unit.pause(ticket.clone()));
+        });
     }
 
     fn resume_units(&self) {
-        self.all_units().for_each(Unit::resume);
+        self.with_units(Some(false), |units| units.iter().for_each(|unit| unit.resume()));
     }
 
     fn reset(&self) -> Result<(), BuildError> {
-        self.all_units().for_each(Unit::reset);
+        self.with_units(None, |units| units.iter().for_each(|unit| unit.reset()));
         self.memory.reset().map_err(|source| BuildError::Host {
             what: "to clear the guest's memory",
             source,
@@ -119,25 +133,76 @@ impl Machine for KvmMachine {
         &self.memory
     }
 
+    fn add_nic(&self, nic: &NicConfig) -> Result<(), BuildError> {
+        let slot = self.pci.reserve(nic.bdf)?;
+        let device = build_nic(&*self.host, &self.resources, nic)?;
+        self.devices.add_nic(slot, device, nic);
+        Ok(())
+    }
+
+    fn announce(&self, unit: &UnitName) {
+        self.devices.announce(unit);
+    }
+
+    fn request_eject(&self, unit: &UnitName) -> bool {
+        self.devices.request_eject(unit)
+    }
+
+    fn remove_device(&self, unit: &UnitName) -> bool {
+        self.devices.remove(unit)
+    }
+
+    fn rename_nic(&self, unit: &UnitName, name: &NicName) {
+        self.devices.rename(unit, name);
+    }
+
+    fn set_link(&self, unit: &UnitName, up: bool) {
+        self.devices.set_link(unit, up);
+    }
+
     fn devices(&self) -> Vec<DeviceStatus> {
         let status = |device: &Arc<VirtioPciDevice>| DeviceStatus {
             unit: device.name(),
             driver_ready: device.driver_ready(),
         };
-        self.devices.iter().map(status).collect()
+        self.devices.lock().devices().iter().map(status).collect()
     }
 
     fn inspect(&self) -> Value {
-        let units: serde_json::Map<_, _> = self
-            .all_units()
-            .map(|unit| (unit.name().to_string(), unit.inspect()))
-            .collect();
+        let inspect = |unit: &&dyn Unit| (unit.name().to_string(), unit.inspect());
+        let units: serde_json::Map<_, _> = self.with_units(None, |units| units.iter().map(inspect).collect());
         json!({
             "units": units,
             "runtime": self.memory.inspect(),
             "ram": { "size_bytes": self.ram.size_bytes(), "resident_bytes": self.ram.resident_bytes().ok() },
             "memslot_count": self.memslots.len(),
+            "msi_count": self.resources.gsi.msi_count(),
         })
+    }
+}
+
+/// Opens the backend of `nic` and puts its device behind PCI; nothing is visible yet.
+///
+/// # Errors
+/// [`BuildError`] names what the host refuses.
+pub(super) fn build_nic(
+    host: &dyn HostDevices,
+    resources: &TransportResources,
+    nic: &NicConfig,
+) -> Result<Arc<VirtioPciDevice>, BuildError> {
+    let backend = host.nic(nic).map_err(|source| BuildError::Nic {
+        name: nic.name.clone(),
+        source,
+    })?;
+    let mut net = Net::new(nic.mac, backend)?;
+    net.set_link(nic.link_up);
+    let (name, resources) = (nic.unit_name(), resources.clone());
+    Ok(VirtioPciDevice::new(Box::new(net), name, nic.bdf, resources)?)
+}
+
+impl SlotListener for Mailbox {
+    fn ejected(&self, bdf: Bdf) {
+        Mailbox::ejected(self, bdf);
     }
 }
 

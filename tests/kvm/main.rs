@@ -13,11 +13,16 @@ mod boot;
 mod guest;
 mod guest_image;
 mod hostile;
+mod hotplug;
 mod journal;
+mod labels;
 mod lifecycle;
 mod memory;
 mod net;
+mod nic;
+mod nic_cycles;
 mod programs;
+mod vmm;
 
 use std::process::ExitCode;
 
@@ -39,6 +44,10 @@ fn main() -> ExitCode {
         block::trials(),
         net::trials(),
         memory::trials(),
+        hotplug::trials(),
+        nic::trials(),
+        nic_cycles::trials(),
+        labels::trials(),
         hostile::trials(),
         programs::trials(),
     ]

@@ -1,15 +1,17 @@
 //! The example programs, as their users run them.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::net::Ipv4Addr;
+use std::path::Path;
+use std::process::{Command, Stdio};
 
 use libtest_mimic::Failed;
 use serde_json::Value;
 
 use crate::Body;
 use crate::harness::artefacts::{Flavour, GuestKernel, INIT_REACHED};
+use crate::harness::tap::Tap;
+use crate::vmm::{Places, Vmm, example};
 
 /// The trials of this file.
 pub fn trials() -> Vec<Body> {
@@ -32,6 +34,11 @@ pub fn trials() -> Vec<Body> {
             many_vms_leave_nothing_behind,
         ),
         Body::new(
+            "programs::hot_add_nic_adds_renames_and_removes",
+            hot_add_nic_adds_renames_and_removes,
+        ),
+        Body::new("programs::vmm_changes_network_cards_by_text", vmm_changes_cards),
+        Body::new(
             "programs::vmm_obeys_text_and_keeps_its_vm",
             vmm_obeys_text_and_keeps_its_vm,
         ),
@@ -40,21 +47,6 @@ pub fn trials() -> Vec<Body> {
             vmm_names_what_is_wrong,
         ),
     ]
-}
-
-/// The program of an example, beside this test's own.
-fn example(name: &str) -> Result<PathBuf, Failed> {
-    let test = std::env::current_exe()?;
-    let folder = test
-        .parent()
-        .and_then(Path::parent)
-        .ok_or("a test lies in target/PROFILE/deps")?;
-    let program = folder.join("examples").join(name);
-    if program.exists() {
-        Ok(program)
-    } else {
-        Err(format!("{} is not built", program.display()).into())
-    }
 }
 
 fn boot_ends_with_the_guest() -> Result<(), Failed> {
@@ -77,6 +69,25 @@ fn boot_ends_with_the_guest() -> Result<(), Failed> {
     Ok(())
 }
 
+fn hot_add_nic_adds_renames_and_removes() -> Result<(), Failed> {
+    let kernel = GuestKernel::find(Flavour::Cloud)?;
+    let tap = Tap::create(Ipv4Addr::new(10, 213, 60, 1))?;
+    let output = Command::new(example("hot_add_nic")?)
+        .arg(&kernel.elf)
+        .arg(&kernel.initramfs)
+        .arg(tap.name())
+        .output()?;
+    let (said, errors) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    assert!(
+        output.status.success() && said.contains("it is gone: the guest let go of it"),
+        "{said}\n{errors}"
+    );
+    Ok(())
+}
+
 fn many_vms_leave_nothing_behind() -> Result<(), Failed> {
     let kernel = GuestKernel::find(Flavour::Cloud)?;
     let output = Command::new(example("many")?)
@@ -95,113 +106,12 @@ fn many_vms_leave_nothing_behind() -> Result<(), Failed> {
     Ok(())
 }
 
-/// A running `vmm` and the words it exchanges.
-struct Vmm {
-    child: Child,
-    input: ChildStdin,
-    output: BufReader<ChildStdout>,
-    events: Vec<Value>,
-}
-
-impl Vmm {
-    fn start(arguments: &[&str]) -> Result<Self, Failed> {
-        let mut command = Command::new(example("vmm")?);
-        let mut child = command
-            .args(arguments)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()?;
-        let input = child.stdin.take().ok_or("stdin is a pipe")?;
-        let output = BufReader::new(child.stdout.take().ok_or("stdout is a pipe")?);
-        Ok(Self {
-            child,
-            input,
-            output,
-            events: Vec::new(),
-        })
-    }
-
-    /// Sends `command` and returns its reply; events that come before it are kept.
-    fn ask(&mut self, command: &str) -> Result<Value, Failed> {
-        writeln!(self.input, "{command}")?;
-        loop {
-            let mut line = String::new();
-            if self.output.read_line(&mut line)? == 0 {
-                return Err(format!("vmm ended before it answered {command:?}").into());
-            }
-            let value: Value = serde_json::from_str(&line)?;
-            if value.get("event").is_some() {
-                self.events.push(value);
-            } else {
-                assert_eq!(
-                    value["reply"],
-                    command.split(' ').next().unwrap_or_default(),
-                    "{value}"
-                );
-                return Ok(value);
-            }
-        }
-    }
-
-    fn accept(&mut self, command: &str) -> Result<Value, Failed> {
-        let reply = self.ask(command)?;
-        if reply["ok"] == true {
-            Ok(reply)
-        } else {
-            Err(format!("{command}: {reply}").into())
-        }
-    }
-
-    fn refuse(&mut self, command: &str) -> Result<String, Failed> {
-        let reply = self.ask(command)?;
-        assert_eq!(reply["ok"], false, "{command}: {reply}");
-        Ok(reply["error"].as_str().unwrap_or_default().to_owned())
-    }
-}
-
-/// Where the `vmm` of a test keeps what.
-struct Places {
-    folder: tempfile::TempDir,
-}
-
-impl Places {
-    fn path(&self, name: &str) -> String {
-        self.folder.path().join(name).to_string_lossy().into_owned()
-    }
-
-    /// Makes a VM in the directory `vm` with a read-only disk, and starts the program on it.
-    fn make_vm(&self) -> Result<Vmm, Failed> {
-        let kernel = GuestKernel::find(Flavour::Cloud)?;
-        fs::write(self.path("disk.img"), vec![0; 1 << 20])?;
-        let pairs = [
-            ("--state-dir", self.path("vm")),
-            ("--name", "web 1".to_owned()),
-            ("--kernel", kernel.elf.to_string_lossy().into_owned()),
-            ("--initrd", kernel.initramfs.to_string_lossy().into_owned()),
-            ("--cmdline", "console=ttyS0 quiet panic=-1".to_owned()),
-            ("--cpus", "2".to_owned()),
-            ("--memory", "256M".to_owned()),
-            (
-                "--disk",
-                format!("name=data,path={},readonly", self.path("disk.img")),
-            ),
-            ("--config-version", "1.0".to_owned()),
-            ("--console", self.path("console")),
-        ];
-        let words: Vec<&str> = pairs
-            .iter()
-            .flat_map(|(option, value)| [*option, value])
-            .collect();
-        Vmm::start(&words)
-    }
-}
-
 fn vmm_obeys_text_and_keeps_its_vm() -> Result<(), Failed> {
     let places = Places {
         folder: tempfile::tempdir()?,
     };
     let (state, console) = (places.path("vm"), places.path("console"));
-    let mut vmm = places.make_vm()?;
+    let mut vmm = places.make_vm(&[("--config-version", "1.0")])?;
     let status = vmm.accept("status")?;
     assert_eq!(
         (&status["state"], &status["operation"], &status["name"]),
@@ -355,6 +265,81 @@ fn the_resize_example_keeps_its_word() -> Result<(), Failed> {
         said.ends_with("target 96 MiB is below the floor 168 MiB\n"),
         "{said}"
     );
+    Ok(())
+}
+
+fn vmm_changes_cards() -> Result<(), Failed> {
+    let places = Places {
+        folder: tempfile::tempdir()?,
+    };
+    let taps = [
+        Tap::create(Ipv4Addr::new(10, 213, 61, 1))?,
+        Tap::create(Ipv4Addr::new(10, 213, 62, 1))?,
+    ];
+    let mut vmm = places.make_vm(&[("--config-version", "2.0")])?;
+    let (first, second) = (taps[0].name(), taps[1].name());
+    vmm.accept(&format!("nic add name='the \"red\" one',tap={first}"))?;
+    let status = vmm.accept("status")?;
+    let nic = &status["nics"][0];
+    assert_eq!(
+        (&nic["name"], &nic["acpi_index"], &nic["link"], &nic["state"]),
+        (&"the \"red\" one".into(), &1.into(), &"up".into(), &Value::Null)
+    );
+    vmm.accept("start")?;
+    let added = vmm.accept(&format!(
+        r#"nic add "name=a\\b,, c,tap={second},mac=52:54:00:00:00:07" 300"#
+    ))?;
+    assert_eq!(
+        (&added["nic"]["name"], &added["nic"]["mac"]),
+        (&"a\\b, c".into(), &"52:54:00:00:00:07".into())
+    );
+    let status = vmm.accept("status")?;
+    assert_eq!(
+        (
+            &status["nics"][1]["acpi_index"],
+            &status["nics"][1]["driver_ready"]
+        ),
+        (&2.into(), &true.into())
+    );
+    vmm.accept(r#"nic rename 'a\b, c' Fred"#)?;
+    vmm.accept("nic link Fred down")?;
+    assert_eq!(vmm.accept("status")?["nics"][1]["link"], "down");
+    assert_eq!(
+        vmm.refuse(r#"nic rename Fred "the \"red\" one""#)?,
+        "two network cards are called the \"red\" one"
+    );
+    assert_eq!(
+        vmm.refuse("nic remove nobody")?,
+        "the vm has no network card nobody"
+    );
+    assert_eq!(vmm.refuse("nic link Fred 'up")?, "the quote ' is not closed");
+    assert!(vmm.refuse("nic dance")?.starts_with("the commands are nic add "));
+    vmm.accept("nic remove Fred 300")?;
+    vmm.accept("nic remove 'the \"red\" one' force")?;
+    assert_eq!(vmm.accept("status")?["nics"], Value::Array(Vec::new()));
+    vmm.accept(&format!("nic add name=last,tap={second} 300"))?;
+    vmm.accept("quit")?;
+    assert!(vmm.child.wait()?.success());
+    let events: Vec<_> = vmm
+        .events
+        .iter()
+        .filter_map(|event| event["event"].as_str())
+        .collect();
+    for expected in [
+        "nic-attached",
+        "nic-driver-ready",
+        "nic-eject-requested",
+        "nic-removed",
+        "nic-renamed",
+        "nic-link",
+    ] {
+        assert!(events.contains(&expected), "no {expected} in {events:?}");
+    }
+    // What was added while the guest ran is there again.
+    let mut vmm = Vmm::start(&["--state-dir", &places.path("vm")])?;
+    let status = vmm.accept("status")?;
+    assert_eq!(status["nics"].as_array().map(Vec::len), Some(1), "{status}");
+    assert_eq!(status["nics"][0]["name"], "last");
     Ok(())
 }
 

@@ -8,6 +8,7 @@ pub mod look;
 pub mod make;
 pub mod memory;
 pub mod network;
+pub mod new_card;
 pub mod pause;
 pub mod power_button;
 pub mod reset;

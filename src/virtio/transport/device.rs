@@ -7,6 +7,7 @@
 use std::any::Any;
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -161,6 +162,12 @@ impl VirtioPciDevice {
     /// Where the device sits.
     pub fn bdf(&self) -> Bdf {
         self.bdf
+    }
+
+    /// The guest-physical addresses at which its registers answer now, if they do.
+    pub fn bar_range(&self) -> Option<Range<u64>> {
+        let base = self.shared.function().bar_address()?;
+        Some(base..base + u64::from(BAR_BYTES))
     }
 
     /// Whether a driver is ready: it set `DRIVER_OK` and did not break the rules since.

@@ -20,7 +20,7 @@ use crate::unit::{PauseTicket, PowerRequest};
 use crate::vm::error::OperationError;
 use crate::vm::mailbox::Report;
 use crate::vm::operation::{OperationKind, Outcome};
-use crate::vm::ops::memory;
+use crate::vm::ops::{memory, nic};
 use crate::vm::platform::{BuildError, Machine};
 use crate::vm::supervisor::{Halt, Supervisor};
 use crate::vm::transition::Trigger;
@@ -47,6 +47,7 @@ pub fn built(vm: &mut Supervisor, result: Result<Arc<dyn Machine>, BuildError>) 
     join(vm.worker.take());
     match result {
         Ok(machine) if vm.state == State::Starting => {
+            nic::machine_built(vm);
             machine.run_vcpus();
             vm.machine = Some(machine);
             vm.step(Trigger::Done);
@@ -172,7 +173,14 @@ pub fn units_quiet(vm: &mut Supervisor) {
     if halt.reset.is_none() {
         return stand(vm);
     }
-    let work = move || Report::ResetDone(machine.reset());
+    let going = nic::going_with_reset(vm);
+    let work = move || {
+        // Before the guest looks for its cards again.
+        for unit in going {
+            machine.remove_device(&unit);
+        }
+        Report::ResetDone(machine.reset())
+    };
     if let Err(source) = spawn(vm, "vm-reset", work, Report::ResetDone(Err(BuildError::Panicked))) {
         fail_reset(
             vm,
@@ -194,6 +202,7 @@ pub fn reset_done(vm: &mut Supervisor, result: Result<(), BuildError>) {
             let cause = vm.halt.and_then(|halt| halt.reset).unwrap_or(ResetCause::Host);
             vm.publish(EventKind::Reset { cause });
             memory::started(vm);
+            nic::gone_with_reset(vm);
             stand(vm);
         }
     }
@@ -286,6 +295,7 @@ pub fn torn_down(vm: &mut Supervisor) {
     if let Some(cause) = vm.end_cause.take() {
         vm.publish(EventKind::Ended { cause });
     }
+    nic::guest_ended(vm);
     vm.step(Trigger::Done);
     vm.end_flight(Outcome::Done);
 }

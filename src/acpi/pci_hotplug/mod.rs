@@ -1,0 +1,18 @@
+//! PCI hot-plug by ACPI: the registers on the host's side and the AML that reads them in the guest.
+//!
+//! ```text
+//! host                       registers                     guest's AML
+//! insert, announce ────► changed bits, GED event ────► _EVT → HPSC → Notify (slot, 1)    looks at the slot
+//! request_eject    ────► eject bits,   GED event ────► _EVT → HPSC → Notify (slot, 3)    lets go of the device
+//! listener         ◄──── eject register          ◄──── slot's _EJ0                       has let go of it
+//! tell_taken       ────► eject bits,   GED event ────► the same for what was taken by force
+//! insert, rename   ────► index and label         ────► slot's _DSM, function 7           reads the card's name
+//! ```
+//! A slot has no `_STA`: whether a device is there the guest reads from its configuration space, and booting evaluates
+//! nothing that touches a register, but for the `_DSM` of slots that hold something.
+
+pub mod aml;
+pub mod registers;
+
+#[cfg(test)]
+mod tests;

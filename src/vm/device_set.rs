@@ -1,0 +1,154 @@
+//! The virtio devices of a machine, those that come and go while it runs included.
+//!
+//! Whoever goes through the devices holds the set's lock, so that none is dropped under him and a device that is added
+//! during a pause is paused before anybody can reach it. The guest's vCPUs never take this lock.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::acpi::pci_hotplug::registers::{PciHotplug, Removed, SlotName};
+use crate::bus::{Bus, BusDevice};
+use crate::config::NicConfig;
+use crate::ids::{NicName, UnitName};
+use crate::pci::slots::{OccupiedSlot, SlotReservation};
+use crate::unit::{PauseTicket, Unit};
+use crate::virtio::net::Net;
+use crate::virtio::transport::VirtioPciDevice;
+
+/// The devices and their slots.
+pub(super) struct DeviceSet {
+    hotplug: Arc<PciHotplug>,
+    mmio: Bus,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+pub(super) struct Inner {
+    is_paused: bool,
+    /// Of the devices that are there for as long as the machine; the others' slots are with the hot-plug registers.
+    _fixed_slots: Vec<OccupiedSlot>,
+    devices: Vec<Arc<VirtioPciDevice>>,
+}
+
+impl Inner {
+    /// The devices, in the order in which they were added.
+    pub fn devices(&self) -> &[Arc<VirtioPciDevice>] {
+        &self.devices
+    }
+
+    /// Notes whether what is added from now on is added to a machine that stands.
+    pub fn set_paused(&mut self, is_paused: bool) {
+        self.is_paused = is_paused;
+    }
+
+    fn add(&mut self, device: Arc<VirtioPciDevice>) {
+        if self.is_paused {
+            // Nothing of a new device is in flight, and nobody waits for it.
+            device.pause(PauseTicket::new(|| ()));
+        }
+        self.devices.push(device);
+    }
+}
+
+impl DeviceSet {
+    /// Makes an empty set; hot-pluggable devices are shown through `hotplug` and have their registers on `mmio`.
+    pub fn new(hotplug: Arc<PciHotplug>, mmio: Bus) -> Self {
+        Self {
+            hotplug,
+            mmio,
+            inner: Mutex::default(),
+        }
+    }
+
+    /// Adds a device that stays for as long as the machine, and makes it visible.
+    pub fn add_fixed(&self, slot: SlotReservation, device: Arc<VirtioPciDevice>) {
+        let mut inner = self.lock();
+        inner.add(device.clone());
+        inner._fixed_slots.push(slot.occupy(device));
+    }
+
+    /// Adds the device of `nic` and makes it visible. The guest is not told.
+    pub fn add_nic(&self, slot: SlotReservation, device: Arc<VirtioPciDevice>, nic: &NicConfig) {
+        let name = nic.acpi_index.map(|acpi_index| SlotName {
+            acpi_index,
+            label: nic.name.clone(),
+        });
+        self.lock().add(device.clone());
+        self.hotplug.insert(slot, device, name);
+    }
+
+    /// Asks the guest to look at the device `unit`, which is new.
+    pub fn announce(&self, unit: &UnitName) {
+        if let Some(device) = self.find(unit) {
+            self.hotplug.announce(device.bdf());
+        }
+    }
+
+    /// Asks the guest to let go of the device `unit`; `false` when it has none of that name that it could.
+    pub fn request_eject(&self, unit: &UnitName) -> bool {
+        self.find(unit)
+            .is_some_and(|device| self.hotplug.request_eject(device.bdf()))
+    }
+
+    /// Takes the hot-pluggable device `unit` out; its slot is free when everything else of it is. `false` when there
+    /// is none.
+    pub fn remove(&self, unit: &UnitName) -> bool {
+        let Some(device) = self.find(unit) else {
+            return false;
+        };
+        let (bdf, bar) = (device.bdf(), device.bar_range());
+        let Some(removed) = self.hotplug.remove(bdf) else {
+            return false;
+        };
+        self.lock().devices.retain(|other| !Arc::ptr_eq(other, &device));
+        drop(device);
+        if matches!(removed, Removed::ByForce(_)) {
+            let claim = |bar: Range<u64>| self.mmio.claim(bar.start, bar.end - bar.start, Arc::new(Remnant));
+            // Where something else has come to lie, nothing is left of the device.
+            let remnant = bar.and_then(|bar| claim(bar).ok());
+            self.hotplug.tell_taken(bdf, remnant);
+        }
+        drop(removed);
+        true
+    }
+
+    /// Shows the guest another name of the network card `unit`.
+    pub fn rename(&self, unit: &UnitName, name: &NicName) {
+        if let Some(device) = self.find(unit) {
+            self.hotplug.rename(device.bdf(), name);
+        }
+    }
+
+    /// Plugs the cable of the network card `unit` in, or pulls it out.
+    pub fn set_link(&self, unit: &UnitName, up: bool) {
+        if let Some(device) = self.find(unit) {
+            device.with_device::<Net, _>(|net| net.set_link(up));
+        }
+    }
+
+    /// The set, which does not change while it is held.
+    pub fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn find(&self, unit: &UnitName) -> Option<Arc<VirtioPciDevice>> {
+        let inner = self.lock();
+        inner
+            .devices
+            .iter()
+            .find(|device| device.name() == *unit)
+            .cloned()
+    }
+}
+
+/// What a driver finds where its device was, when the device was taken by force: zeros. A driver of virtio waits for
+/// its reset to be done, which a status of all ones never says (virtio 1.2 §4.1.4.3.2).
+struct Remnant;
+
+impl BusDevice for Remnant {
+    fn read(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write(&self, _offset: u64, _data: &[u8]) {}
+}

@@ -1,0 +1,100 @@
+//! The files of `docs/guest/` in a real Debian: its interfaces are called what the host called the cards.
+
+use std::net::Ipv4Addr;
+use std::process::Command;
+
+use libtest_mimic::Failed;
+use vm_lifecycle::config::{DiskSpec, NicSpec};
+
+use crate::Body;
+use crate::guest::{BOOT_WITHIN, Guest, WITHIN, small};
+use crate::harness::artefacts;
+use crate::harness::base64;
+use crate::harness::guest_shell::GuestShell;
+use crate::harness::tap::Tap;
+use crate::nic::{add, name, reached};
+
+/// The trials of this file.
+pub fn trials() -> Vec<Body> {
+    vec![Body::new(
+        "labels::a_debian_guest_calls_its_interfaces_what_the_host_does",
+        a_debian_guest_calls_its_interfaces,
+    )]
+}
+
+const RULE: &str = include_str!("../../docs/guest/76-nic-label.rules");
+const LINK: &str = include_str!("../../docs/guest/70-nic-label.link");
+
+fn install(shell: &mut GuestShell, path: &str, text: &str) -> Result<(), Failed> {
+    let text = base64::encode(text.as_bytes());
+    shell.succeed(&format!(
+        "mkdir -p $(dirname {path}) && echo {text} | base64 -d >{path}"
+    ))?;
+    Ok(())
+}
+
+/// What udev knows of the interface with this address.
+fn properties(shell: &mut GuestShell, mac: &str) -> Result<String, Failed> {
+    let find = format!("basename $(dirname $(grep -lx {mac} /sys/class/net/*/address))");
+    shell.wait_until(&find, WITHIN)?;
+    shell.succeed("udevadm settle")?;
+    Ok(shell.succeed(&format!(
+        "i=$({find}); udevadm info -q property /sys/class/net/$i; ip -o link show dev $i"
+    ))?)
+}
+
+fn a_debian_guest_calls_its_interfaces() -> Result<(), Failed> {
+    let folder = tempfile::tempdir()?;
+    let disk = folder.path().join("debian.img");
+    let copied = Command::new("cp")
+        .arg("--sparse=always")
+        .arg(artefacts::debian_image()?)
+        .arg(&disk)
+        .status()?;
+    assert!(copied.success(), "the guest's disk cannot be copied");
+    let taps = (0..5u8).map(|index| Tap::create(Ipv4Addr::new(10, 213, 70 + index, 1)));
+    let taps: Vec<Tap> = taps.collect::<Result<_, _>>()?;
+    let builder = small("debian")?
+        .cmdline("console=ttyS0 quiet panic=-1 harness.root=/dev/vda")
+        .startup_bytes(512 << 20)
+        .disk(DiskSpec::new("root", &disk))
+        .nic(NicSpec::new("at boot", taps[0].name()));
+    let (guest, mut shell) = Guest::boot(builder)?;
+    shell.run_within("systemctl is-system-running --wait", BOOT_WITHIN)?;
+
+    // Without the files udev knows the name, and calls the interface by its index.
+    let mac = guest.vm.config().nics()[0].mac.to_string();
+    let told = properties(&mut shell, &mac)?;
+    for expected in [
+        "ID_NET_LABEL_ONBOARD=at boot",
+        "ID_NET_NAME_ONBOARD=eno1",
+        "INTERFACE=eno1",
+    ] {
+        assert!(told.contains(expected), "no {expected} in\n{told}");
+    }
+    install(&mut shell, "/etc/udev/rules.d/76-nic-label.rules", RULE)?;
+    install(&mut shell, "/etc/systemd/network/70-nic-label.link", LINK)?;
+    shell.succeed("udevadm control --reload")?;
+
+    let cases = [
+        ("Fred", "INTERFACE=Fred"),
+        ("the red one", "INTERFACE=the_red_one"),
+        ("a-name-of-more-than-15-bytes", "INTERFACE=eno4"),
+        ("Büro", "INTERFACE=eno5"),
+    ];
+    for ((label, expected), tap) in cases.iter().zip(&taps[1..]) {
+        let info = add(&guest, NicSpec::new(*label, tap.name()))?;
+        let told = properties(&mut shell, &info.config.mac.to_string())?;
+        let onboard = format!("ID_NET_LABEL_ONBOARD={label}");
+        assert!(told.contains(&onboard), "no {onboard} in\n{told}");
+        assert!(told.contains(expected), "no {expected} in\n{told}");
+        let has_long_name = told.contains("altname a-name-of-more-than-15-bytes");
+        assert_eq!(has_long_name, label.len() > 15, "{told}");
+    }
+
+    // A card that is renamed is called its new name when udev looks again, and after the next boot.
+    reached(&guest.vm.rename_nic(&name("Fred")?, &name("Freda")?)?)?;
+    shell.succeed("udevadm trigger --action=add /sys/class/net/Fred && udevadm settle")?;
+    shell.wait_until("test -e /sys/class/net/Freda", WITHIN)?;
+    Ok(())
+}
