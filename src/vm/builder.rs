@@ -73,6 +73,13 @@ impl<H: HostDevices> Platform for KvmPlatform<H> {
     }
 
     fn build(&self, config: &VmConfig, mailbox: Mailbox) -> Result<Arc<dyn Machine>, BuildError> {
+        Ok(Arc::new(self.assemble(config, mailbox)?))
+    }
+}
+
+impl<H: HostDevices> KvmPlatform<H> {
+    /// Builds the machine as [`Platform::build`] does, for those who must know what it is made of.
+    pub(super) fn assemble(&self, config: &VmConfig, mailbox: Mailbox) -> Result<KvmMachine, BuildError> {
         let kvm = Kvm::open()?;
         check_vcpus(&kvm, config)?;
         let boot = open_boot(config)?;
@@ -102,9 +109,7 @@ impl<H: HostDevices> Platform for KvmPlatform<H> {
         }
         assembly.finish(config.cpu_count(), boot)
     }
-}
 
-impl<H: HostDevices> KvmPlatform<H> {
     fn serial_output(&self) -> Result<Box<dyn std::io::Write + Send>, BuildError> {
         let output = self.host.serial_output();
         output.map_err(|source| BuildError::Host {
@@ -308,7 +313,7 @@ impl Assembly {
         Ok(())
     }
 
-    fn finish(self, cpu_count: u8, boot: BootSource) -> Result<Arc<dyn Machine>, BuildError> {
+    fn finish(self, cpu_count: u8, boot: BootSource) -> Result<KvmMachine, BuildError> {
         let listener = Arc::new(self.mailbox.clone());
         let count = u32::from(cpu_count);
         let mut vcpus = Vec::with_capacity(cpu_count.into());
@@ -337,6 +342,6 @@ impl Assembly {
             memslots: self.memslots,
         };
         machine.load()?;
-        Ok(Arc::new(machine))
+        Ok(machine)
     }
 }

@@ -311,3 +311,5 @@ impl Drop for Inner {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod whole_guest_tests;

@@ -68,7 +68,7 @@ impl KvmMachine {
         self.vcpus.iter().map(|vcpu| vcpu as &dyn Unit)
     }
 
-    fn all_units(&self) -> impl Iterator<Item = &dyn Unit> {
+    pub(super) fn all_units(&self) -> impl Iterator<Item = &dyn Unit> {
         self.units.iter().map(|unit| &**unit).chain(self.vcpu_units())
     }
 }
