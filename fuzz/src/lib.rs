@@ -19,6 +19,7 @@ pub mod machine;
 
 use arbitrary::Arbitrary;
 use vm_lifecycle::bus::Bus;
+use vm_lifecycle::event_loop::LoopListener;
 use vm_lifecycle::ids::UnitName;
 use vm_lifecycle::unit::{PowerListener, PowerRequest, UnitListener};
 
@@ -54,6 +55,13 @@ impl UnitListener for Deaf {
     fn driver_ready(&self, _unit: &UnitName, _ready: bool) {}
 
     fn needs_reset(&self, _unit: &UnitName, _reason: &str) {}
+}
+
+impl LoopListener for Deaf {
+    fn loop_started(&self) {}
+
+    /// A panic has ended the fuzzer before.
+    fn loop_failed(&self, _words: &str) {}
 }
 
 impl PowerListener for Deaf {

@@ -233,7 +233,7 @@ impl Assembly {
             pio: Bus::new(),
             mmio: Bus::new(),
         };
-        let event_loop = EventLoop::start("vm-devices")?;
+        let event_loop = EventLoop::start("vm-devices", Arc::new(mailbox.clone()))?;
         let resources = TransportResources {
             mmio: buses.mmio.clone(),
             gsi: gsi.clone(),

@@ -181,7 +181,7 @@ impl Supervisor {
         match report {
             Report::Built(result) => power::built(self, result),
             Report::VcpuParked => power::vcpu_parked(self),
-            Report::VcpuEnded { cause } => power::guest_off(self, cause),
+            Report::Ended { cause } => power::guest_off(self, cause),
             Report::UnitsQuiet => power::units_quiet(self),
             Report::ResetDone(result) => power::reset_done(self, result),
             Report::TornDown => power::torn_down(self),
@@ -315,7 +315,12 @@ impl Supervisor {
 
     /// The mailbox for the present generation.
     pub(super) fn mailbox(&self) -> Mailbox {
-        Mailbox::new(self.sender.clone(), self.generation, self.notices.clone())
+        Mailbox::new(
+            self.sender.clone(),
+            self.generation,
+            self.notices.clone(),
+            Arc::downgrade(&self.shared),
+        )
     }
 }
 

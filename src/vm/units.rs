@@ -12,17 +12,15 @@ use crate::acpi::device::AcpiDevice;
 use crate::acpi::tables::AcpiTables;
 use crate::boot::BootSource;
 use crate::bus::BusClaim;
-use crate::event::EndCause;
 use crate::event_loop::EventLoop;
 use crate::machine::memslots::Memslot;
-use crate::machine::vcpu::{Vcpu, VcpuExitReason, VcpuListener};
+use crate::machine::vcpu::Vcpu;
 use crate::memory::layout::ACPI_TABLES_BASE;
 use crate::memory::region::GuestRam;
 use crate::pci::root::PciRoot;
 use crate::pci::slots::OccupiedSlot;
 use crate::unit::{PauseTicket, Unit};
 use crate::virtio::transport::VirtioPciDevice;
-use crate::vm::mailbox::Mailbox;
 use crate::vm::platform::{BuildError, DeviceStatus, Machine};
 
 /// A machine on KVM, as `builder.rs` makes it.
@@ -130,21 +128,5 @@ impl Machine for KvmMachine {
             "ram": { "size_bytes": self.ram.size_bytes(), "resident_bytes": self.ram.resident_bytes().ok() },
             "memslot_count": self.memslots.len(),
         })
-    }
-}
-
-impl VcpuListener for Mailbox {
-    fn parked(&self, _vcpu: u32) {
-        self.vcpu_parked();
-    }
-
-    fn exited(&self, vcpu: u32, reason: VcpuExitReason) {
-        self.vcpu_ended(match reason {
-            VcpuExitReason::Shutdown => EndCause::TripleFault,
-            reason => EndCause::VcpuError {
-                vcpu,
-                reason: reason.to_string(),
-            },
-        });
     }
 }

@@ -16,7 +16,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use harness::artefacts::{Flavour, GuestKernel, PORT_NAME};
@@ -81,7 +81,7 @@ impl Bench {
     fn build(config: &VmConfig, host: &TestHost) -> Self {
         let (sender, reports) = channel();
         let notices = Arc::new(Notices::default());
-        let mailbox = Mailbox::new(sender, 1, notices.clone());
+        let mailbox = Mailbox::new(sender, 1, notices.clone(), Weak::new());
         let platform = KvmPlatform::new(host.clone());
         let machine = platform.assemble(config, mailbox.clone());
         Self {
@@ -114,7 +114,7 @@ impl Bench {
             match self.reports.recv_timeout(WITHIN) {
                 Ok(Message::Report { report, .. }) if wanted(&report) => return,
                 Ok(Message::Report {
-                    report: Report::VcpuEnded { cause },
+                    report: Report::Ended { cause },
                     ..
                 }) => panic!("a vcpu ended while {what} was waited for: {cause:?}"),
                 Ok(_) => {}

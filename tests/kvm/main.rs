@@ -10,6 +10,7 @@ mod harness;
 mod basics;
 mod block;
 mod boot;
+mod embedder;
 mod guest;
 mod guest_image;
 mod hostile;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         block::trials(),
         net::trials(),
         hostile::trials(),
+        embedder::trials(),
         programs::trials(),
     ]
     .into_iter()
