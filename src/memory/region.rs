@@ -15,7 +15,7 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use super::file::{host_memory_bytes, memory_file};
 use super::layout::{HIGH_RAM_START, LOW_RAM_END};
@@ -52,6 +52,7 @@ pub struct GuestRam {
     memory: Arc<GuestMemoryMmap>,
     file: Arc<File>,
     ranges: Vec<RamRange>,
+    huge_pages: bool,
 }
 
 /// Why RAM cannot be had.
@@ -136,6 +137,7 @@ impl GuestRam {
             memory: Arc::new(memory),
             file,
             ranges,
+            huge_pages: options.huge_pages,
         })
     }
 
@@ -168,18 +170,35 @@ impl GuestRam {
         Ok(self.file.metadata()?.blocks() * 512)
     }
 
-    /// Makes the RAM all zero and gives it back to the host, as a power cycle does. Called while no vCPU runs and no
-    /// device uses it.
+    /// Makes the RAM all zero, as a power cycle does, and gives it back to the host, but for huge pages, which are kept:
+    /// a page that is given back is no longer reserved, and without one the guest's next access would kill this process.
+    /// Called while no vCPU runs and no device uses it.
     ///
     /// # Errors
     /// The host's error; the content is then unspecified.
     pub fn clear(&self) -> io::Result<()> {
+        if self.huge_pages {
+            return self.write_zeros();
+        }
         let length = i64::try_from(self.size_bytes()).map_err(io::Error::other)?;
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         // SAFETY: the descriptor is our own; the pages of the mapping stay valid and read as zeros from now on, which
         // volatile accesses allow for as they do for the guest's writes.
         if unsafe { libc::fallocate(self.file.as_raw_fd(), mode, 0, length) } != 0 {
             return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    fn write_zeros(&self) -> io::Result<()> {
+        let zeros = vec![0; HUGE_PAGE_BYTES as usize];
+        for range in &self.ranges {
+            // RAM of huge pages is a multiple of them, and so is the end of the RAM below the hole.
+            for offset in (0..range.size_bytes).step_by(zeros.len()) {
+                let address = GuestAddress(range.guest_address + offset);
+                let written = self.memory.write_slice(&zeros, address);
+                written.map_err(io::Error::other)?;
+            }
         }
         Ok(())
     }

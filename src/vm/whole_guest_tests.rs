@@ -164,11 +164,10 @@ impl Bench {
             let written = self.machine.ram.file().write_all_at(chunk, *offset);
             written.expect("inside the ram");
         }
-        for vcpu in &self.machine.vcpus {
-            restore(vcpu, saved);
-        }
-        for unit in &self.machine.units {
-            restore(&**unit, saved);
+        let is_vcpu = |unit: &&dyn Unit| unit.name().as_str().starts_with("vcpu-");
+        let (vcpus, others): (Vec<_>, Vec<_>) = self.machine.all_units().partition(is_vcpu);
+        for unit in vcpus.into_iter().chain(others) {
+            restore(unit, saved);
         }
     }
 }

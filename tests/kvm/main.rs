@@ -14,6 +14,7 @@ mod embedder;
 mod guest;
 mod guest_image;
 mod hostile;
+mod huge_pages;
 mod journal;
 mod lifecycle;
 mod net;
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
         net::trials(),
         hostile::trials(),
         embedder::trials(),
+        huge_pages::trials(),
         programs::trials(),
     ]
     .into_iter()
