@@ -10,6 +10,7 @@ mod harness;
 mod basics;
 mod block;
 mod boot;
+mod debian;
 mod embedder;
 mod guest;
 mod guest_image;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         net::trials(),
         hostile::trials(),
         embedder::trials(),
+        debian::trials(),
         huge_pages::trials(),
         programs::trials(),
     ]
