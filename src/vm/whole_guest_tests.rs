@@ -9,7 +9,7 @@ mod harness;
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::net::Ipv4Addr;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
@@ -37,21 +37,51 @@ const WITHIN: Duration = Duration::from_secs(300);
 const RAM_BYTES: u64 = 192 << 20;
 const CHUNK_BYTES: usize = 64 << 10;
 
-/// Gives each machine a port and keeps the test's end of the last one.
+/// Gives each machine a port, keeps the test's end of the last one, and collects what the serial ports say.
 #[derive(Clone, Default)]
-struct TestHost(Arc<Mutex<Option<UnixStream>>>);
+struct TestHost {
+    stream: Arc<Mutex<Option<UnixStream>>>,
+    console: Arc<Mutex<Vec<u8>>>,
+}
+
+/// A serial port's output.
+struct Console(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Console {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut text = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        text.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
 
 impl TestHost {
     fn stream(&self) -> UnixStream {
-        let mut stream = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
         stream.take().expect("the machine was given its port")
+    }
+
+    /// The numbers that the counting process has written on the serial ports, in order.
+    fn ticks(&self) -> Vec<u64> {
+        let text = self.console.lock().unwrap_or_else(PoisonError::into_inner);
+        let text = String::from_utf8_lossy(&text);
+        let ticks = text.lines().filter_map(|line| line.strip_prefix("tick "));
+        ticks.filter_map(|number| number.trim().parse().ok()).collect()
     }
 }
 
 impl HostDevices for TestHost {
+    fn serial_output(&self) -> io::Result<Box<dyn Write + Send>> {
+        Ok(Box::new(Console(self.console.clone())))
+    }
+
     fn ports(&self) -> io::Result<Vec<HostPort>> {
         let (ours, stream) = UnixStream::pair()?;
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(ours);
+        *self.stream.lock().unwrap_or_else(PoisonError::into_inner) = Some(ours);
         let name = PortName::new(PORT_NAME).map_err(io::Error::other)?;
         let port = HostPort {
             name,
@@ -203,17 +233,17 @@ fn uptime(shell: &mut GuestShell) -> f64 {
         .expect("seconds")
 }
 
-/// Leaves what a boot would lose: a file in RAM, a file system with bytes that are not on the disk yet, a counting
-/// process that holds a nonce in a variable and keeps the disk busy, and a configured card.
+/// Leaves what a boot would lose: a file in RAM, a mounted file system, a configured card and a counting
+/// process that holds a nonce in a variable and keeps disk and serial port busy.
 fn leave_traces(shell: &mut GuestShell, tap: &Tap) {
     ask(shell, "echo 8c61 >/tmp/nonce");
     ask(
         shell,
-        "mkdir -p /mnt && mount -t ext4 /dev/vda /mnt && echo not yet on the disk >/mnt/dirty",
+        "mkdir -p /mnt && mount -t ext4 /dev/vda /mnt && echo written before >/mnt/before",
     );
     ask(
         shell,
-        "(nonce=c8a2; i=0; until [ -e /tmp/stop ]; do i=$((i+1)); echo $nonce $i >/tmp/beat.new; \
+        "(nonce=c8a2; i=0; until [ -e /tmp/stop ]; do i=$((i+1)); echo $nonce $i >/tmp/beat.new; echo tick $i >/dev/ttyS0; \
          mv /tmp/beat.new /tmp/beat; dd if=/dev/zero of=/mnt/busy bs=64k count=4 conv=fsync; done; touch /tmp/stopped) \
          >/dev/null 2>&1 &",
     );
@@ -223,6 +253,9 @@ fn leave_traces(shell: &mut GuestShell, tap: &Tap) {
     shell
         .wait_until(&format!("ping -c 1 -W 1 {}", tap.address()), WITHIN)
         .expect("the host answers before the save");
+    shell
+        .wait_until("test -e /tmp/beat", WITHIN)
+        .expect("the process counts");
 }
 
 fn beat(shell: &mut GuestShell) -> u64 {
@@ -274,15 +307,7 @@ fn goes_on(cpu_count: u8) {
     assert_eq!(ask(&mut shell, "cat /tmp/nonce"), "8c61");
     assert_eq!(ask(&mut shell, "cat /proc/sys/kernel/random/boot_id"), boot_id);
     assert_eq!(ask(&mut shell, "nproc"), cpu_count.to_string());
-    let counts_on = format!("[ $(cut -d ' ' -f 2 /tmp/beat) -gt {} ]", beat_before + 5);
-    shell
-        .wait_until(&counts_on, WITHIN)
-        .expect("the process counts on");
-    beat(&mut shell);
-    ask(&mut shell, "touch /tmp/stop");
-    shell
-        .wait_until("test -e /tmp/stopped", WITHIN)
-        .expect("the process ends its last write");
+    counts_on(&mut shell, &host, beat_before);
     devices_work(&mut shell, tap);
     let dmesg = ask(&mut shell, "dmesg");
     let complaints = [
@@ -295,6 +320,20 @@ fn goes_on(cpu_count: u8) {
     let complaint = complaints.iter().find(|complaint| dmesg.contains(**complaint));
     assert_eq!(complaint, None, "{dmesg}");
     hears_a_button_pressed_before(second, &config, &host);
+}
+
+/// The process counts on with its nonce, and what it has written on the serial port is without a gap.
+fn counts_on(shell: &mut GuestShell, host: &TestHost, before: u64) {
+    let further = format!("[ $(cut -d ' ' -f 2 /tmp/beat) -gt {} ]", before + 5);
+    shell.wait_until(&further, WITHIN).expect("the process counts on");
+    beat(shell);
+    ask(shell, "touch /tmp/stop");
+    shell
+        .wait_until("test -e /tmp/stopped", WITHIN)
+        .expect("the process ends its last write");
+    let ticks = host.ticks();
+    let is_whole = ticks.first() == Some(&1) && ticks.windows(2).all(|pair| pair[1] == pair[0] + 1);
+    assert!(is_whole, "the serial port lost something: {ticks:?}");
 }
 
 /// An interrupt that was on its way when the guest was saved arrives after the restore.
@@ -310,7 +349,7 @@ fn hears_a_button_pressed_before(bench: Bench, config: &VmConfig, host: &TestHos
     last.wait_for_power_off();
 }
 
-/// What was written before the save reaches the disk now, the disk's bytes are the guest's, packets pass both ways,
+/// What was written before the save is on the disk, the disk's bytes are the guest's, packets pass both ways,
 /// and timers and interrupts reach every CPU.
 fn devices_work(shell: &mut GuestShell, tap: &Tap) {
     ask(
@@ -319,7 +358,7 @@ fn devices_work(shell: &mut GuestShell, tap: &Tap) {
          mount -t ext4 /dev/vda /mnt",
     );
     ask(shell, "md5sum -c /tmp/sum");
-    assert_eq!(ask(shell, "cat /mnt/dirty"), "not yet on the disk");
+    assert_eq!(ask(shell, "cat /mnt/before"), "written before");
     shell
         .wait_until(&format!("ping -c 1 -W 1 {}", tap.address()), WITHIN)
         .expect("the host answers after the restore");
