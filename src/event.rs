@@ -138,6 +138,8 @@ pub enum EndCause {
     GuestPanic,
     /// The host's KVM could not go on with a vCPU.
     VcpuError { vcpu: u32, reason: String },
+    /// A device, or the embedder's code behind it, panicked where all devices are served.
+    DeviceError { reason: String },
     /// The VM could not be started.
     StartFailed { reason: String },
 }

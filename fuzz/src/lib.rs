@@ -22,6 +22,7 @@ pub mod memory;
 use arbitrary::Arbitrary;
 use vm_lifecycle::acpi::pci_hotplug::registers::SlotListener;
 use vm_lifecycle::bus::Bus;
+use vm_lifecycle::event_loop::LoopListener;
 use vm_lifecycle::ids::{Bdf, UnitName};
 use vm_lifecycle::unit::{PowerListener, PowerRequest, UnitListener};
 
@@ -57,6 +58,13 @@ impl UnitListener for Deaf {
     fn driver_ready(&self, _unit: &UnitName, _ready: bool) {}
 
     fn needs_reset(&self, _unit: &UnitName, _reason: &str) {}
+}
+
+impl LoopListener for Deaf {
+    fn loop_started(&self) {}
+
+    /// A panic has ended the fuzzer before.
+    fn loop_failed(&self, _words: &str) {}
 }
 
 impl PowerListener for Deaf {

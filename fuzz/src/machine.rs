@@ -76,7 +76,7 @@ pub struct Slotted {
 impl Default for Machine {
     fn default() -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES as usize)]);
-        let event_loop = EventLoop::start("fuzz-devices").expect("the host has epoll");
+        let event_loop = EventLoop::start("fuzz-devices", Arc::new(Deaf)).expect("the host has epoll");
         Self::new(Arc::new(memory.expect("memory is free")), Arc::new(event_loop))
     }
 }

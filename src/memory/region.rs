@@ -13,7 +13,7 @@ use std::io;
 use std::sync::Arc;
 
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use super::file::{host_memory_bytes, memory_file, punch, resident_bytes};
 use super::layout::{HIGH_RAM_START, LOW_RAM_END};
@@ -25,19 +25,14 @@ pub const RAM_MIN_BYTES: u64 = 64 << 20;
 pub const RAM_GRANULE_BYTES: u64 = 1 << 20;
 /// The size of a huge page; RAM made of them is a multiple of it.
 pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
+/// The size in bytes of a page of the others.
+pub(super) const PAGE_BYTES: u64 = 4096;
 
 /// How guest RAM is made.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RamOptions {
     /// Takes the RAM from the host's pool of 2 MiB pages (hugetlb), all of it reserved at once.
     pub huge_pages: bool,
-}
-
-impl RamOptions {
-    /// The least that can be taken from the host or given back, in bytes.
-    pub const fn page_bytes(self) -> u64 {
-        if self.huge_pages { HUGE_PAGE_BYTES } else { 4096 }
-    }
 }
 
 /// One piece of guest RAM.
@@ -57,7 +52,7 @@ pub struct GuestRam {
     memory: Arc<GuestMemoryMmap>,
     file: Arc<File>,
     ranges: Vec<RamRange>,
-    page_bytes: u64,
+    huge_pages: bool,
 }
 
 /// Why RAM cannot be had.
@@ -142,7 +137,7 @@ impl GuestRam {
             memory: Arc::new(memory),
             file,
             ranges,
-            page_bytes: options.page_bytes(),
+            huge_pages: options.huge_pages,
         })
     }
 
@@ -174,33 +169,51 @@ impl GuestRam {
         resident_bytes(&self.file)
     }
 
-    /// Makes the RAM all zero and gives it back to the host, as a power cycle does. Called while no vCPU runs and no
-    /// device uses it.
+    /// Makes the RAM all zero, as a power cycle does, and gives it back to the host, but for huge pages, which are kept:
+    /// a page that is given back is no longer reserved, and without one the guest's next access would kill this process.
+    /// Called while no vCPU runs and no device uses it.
     ///
     /// # Errors
     /// The host's error; the content is then unspecified.
     pub fn clear(&self) -> io::Result<()> {
+        if self.huge_pages {
+            return self.write_zeros();
+        }
         punch(&self.file, 0, self.size_bytes())
     }
 
     /// Gives the whole pages in `address..address + length_bytes` that are RAM back to the host: they read as zeros
-    /// until the guest writes to them again. The range may come from the guest.
+    /// until the guest writes to them again. Huge pages are kept, as in [`GuestRam::clear`]. The range may come from the
+    /// guest.
     ///
     /// # Errors
     /// The host's error; a part may be given back.
     pub fn discard(&self, address: u64, length_bytes: u64) -> io::Result<()> {
+        if self.huge_pages {
+            return Ok(());
+        }
         let end = address.saturating_add(length_bytes);
         for range in &self.ranges {
             let start = address.max(range.guest_address);
             let end = end.min(range.guest_address + range.size_bytes);
-            let start = start.next_multiple_of(self.page_bytes);
-            let end = end - end % self.page_bytes;
+            let start = start.next_multiple_of(PAGE_BYTES);
+            let end = end - end % PAGE_BYTES;
             if start < end {
-                punch(
-                    &self.file,
-                    start - range.guest_address + range.file_offset,
-                    end - start,
-                )?;
+                let offset = start - range.guest_address + range.file_offset;
+                punch(&self.file, offset, end - start)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_zeros(&self) -> io::Result<()> {
+        let zeros = vec![0; HUGE_PAGE_BYTES as usize];
+        for range in &self.ranges {
+            // RAM of huge pages is a multiple of them, and so is the end of the RAM below the hole.
+            for offset in (0..range.size_bytes).step_by(zeros.len()) {
+                let address = GuestAddress(range.guest_address + offset);
+                let written = self.memory.write_slice(&zeros, address);
+                written.map_err(io::Error::other)?;
             }
         }
         Ok(())

@@ -22,7 +22,7 @@ use vm_memory::{
 
 use super::file::{memory_file, punch, resident_bytes};
 use super::layout::{RUNTIME_MEMORY_ALIGN_BYTES, runtime_memory_base};
-use super::region::{GuestRam, RamError, RamOptions, RamRange, check_end, map};
+use super::region::{GuestRam, PAGE_BYTES, RamError, RamOptions, RamRange, check_end, map};
 use crate::machine::memslots::{Memslot, MemslotError, Memslots};
 
 /// Memory is plugged and unplugged in blocks of this size.
@@ -220,12 +220,14 @@ impl RuntimeMemory {
     /// # Errors
     /// The host's error.
     pub fn discard(&self, address: u64, length_bytes: u64) -> io::Result<()> {
-        let page_bytes = self.options.page_bytes();
+        if self.options.huge_pages {
+            return Ok(());
+        }
         let end = address
             .saturating_add(length_bytes)
             .min(self.base + self.size_bytes);
-        let start = address.max(self.base).next_multiple_of(page_bytes);
-        let end = end - end % page_bytes;
+        let start = address.max(self.base).next_multiple_of(PAGE_BYTES);
+        let end = end - end % PAGE_BYTES;
         if start < end {
             punch(&self.file, start - self.base, end - start)?;
         }

@@ -90,6 +90,13 @@ impl<H: HostDevices + 'static> Platform for KvmPlatform<H> {
     }
 
     fn build(&self, config: &VmConfig, mailbox: Mailbox) -> Result<Arc<dyn Machine>, BuildError> {
+        Ok(Arc::new(self.assemble(config, mailbox)?))
+    }
+}
+
+impl<H: HostDevices + 'static> KvmPlatform<H> {
+    /// Builds the machine as [`Platform::build`] does, for those who must know what it is made of.
+    pub(super) fn assemble(&self, config: &VmConfig, mailbox: Mailbox) -> Result<KvmMachine, BuildError> {
         let kvm = Kvm::open()?;
         check_vcpus(&kvm, config)?;
         let boot = open_boot(config)?;
@@ -122,9 +129,7 @@ impl<H: HostDevices + 'static> Platform for KvmPlatform<H> {
         }
         assembly.finish(config.cpu_count(), boot)
     }
-}
 
-impl<H: HostDevices + 'static> KvmPlatform<H> {
     fn serial_output(&self) -> Result<Box<dyn std::io::Write + Send>, BuildError> {
         let output = self.host.serial_output();
         output.map_err(|source| BuildError::Host {
@@ -259,7 +264,7 @@ impl Assembly {
             pio: Bus::new(),
             mmio: Bus::new(),
         };
-        let event_loop = EventLoop::start("vm-devices")?;
+        let event_loop = EventLoop::start("vm-devices", Arc::new(mailbox.clone()))?;
         let resources = TransportResources {
             mmio: buses.mmio.clone(),
             gsi: gsi.clone(),
@@ -364,7 +369,7 @@ impl Assembly {
         Ok(())
     }
 
-    fn finish(self, cpu_count: u8, boot: BootSource) -> Result<Arc<dyn Machine>, BuildError> {
+    fn finish(self, cpu_count: u8, boot: BootSource) -> Result<KvmMachine, BuildError> {
         let listener = Arc::new(self.mailbox.clone());
         let count = u32::from(cpu_count);
         let mut vcpus = Vec::with_capacity(cpu_count.into());
@@ -394,6 +399,6 @@ impl Assembly {
             memslots: self.memslots,
         };
         machine.load()?;
-        Ok(Arc::new(machine))
+        Ok(machine)
     }
 }

@@ -192,7 +192,7 @@ impl Supervisor {
         match report {
             Report::Built(result) => power::built(self, result),
             Report::VcpuParked => power::vcpu_parked(self),
-            Report::VcpuEnded { cause } => power::guest_off(self, cause),
+            Report::Ended { cause } => power::guest_off(self, cause),
             Report::UnitsQuiet => power::units_quiet(self),
             Report::ResetDone(result) => power::reset_done(self, result),
             Report::TornDown => power::torn_down(self),
@@ -337,7 +337,12 @@ impl Supervisor {
 
     /// The mailbox for the present generation.
     pub(super) fn mailbox(&self) -> Mailbox {
-        Mailbox::new(self.sender.clone(), self.generation, self.notices.clone())
+        Mailbox::new(
+            self.sender.clone(),
+            self.generation,
+            self.notices.clone(),
+            Arc::downgrade(&self.shared),
+        )
     }
 }
 

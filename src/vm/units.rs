@@ -14,11 +14,10 @@ use crate::acpi::tables::AcpiTables;
 use crate::boot::BootSource;
 use crate::bus::BusClaim;
 use crate::config::NicConfig;
-use crate::event::EndCause;
 use crate::event_loop::EventLoop;
 use crate::ids::{Bdf, NicName, UnitName};
 use crate::machine::memslots::Memslot;
-use crate::machine::vcpu::{Vcpu, VcpuExitReason, VcpuListener};
+use crate::machine::vcpu::Vcpu;
 use crate::memory::layout::ACPI_TABLES_BASE;
 use crate::memory::region::GuestRam;
 use crate::pci::root::PciRoot;
@@ -203,21 +202,5 @@ pub(super) fn build_nic(
 impl SlotListener for Mailbox {
     fn ejected(&self, bdf: Bdf) {
         Mailbox::ejected(self, bdf);
-    }
-}
-
-impl VcpuListener for Mailbox {
-    fn parked(&self, _vcpu: u32) {
-        self.vcpu_parked();
-    }
-
-    fn exited(&self, vcpu: u32, reason: VcpuExitReason) {
-        self.vcpu_ended(match reason {
-            VcpuExitReason::Shutdown => EndCause::TripleFault,
-            reason => EndCause::VcpuError {
-                vcpu,
-                reason: reason.to_string(),
-            },
-        });
     }
 }

@@ -10,10 +10,13 @@ mod harness;
 mod basics;
 mod block;
 mod boot;
+mod debian;
+mod embedder;
 mod guest;
 mod guest_image;
 mod hostile;
 mod hotplug;
+mod huge_pages;
 mod journal;
 mod labels;
 mod lifecycle;
@@ -49,6 +52,9 @@ fn main() -> ExitCode {
         nic_cycles::trials(),
         labels::trials(),
         hostile::trials(),
+        embedder::trials(),
+        debian::trials(),
+        huge_pages::trials(),
         programs::trials(),
     ]
     .into_iter()
