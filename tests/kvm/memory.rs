@@ -119,6 +119,9 @@ fn a_guest_grows_and_shrinks_in_any_order() -> Result<(), Failed> {
     for target in [2 * GIB, GIB, 384 * MIB, 4 * GIB, 512 * MIB] {
         let outcome = reach(&guest, target)?;
         assert_eq!(outcome.reached_bytes, target);
+        // The outcome waited for the guest to count what it was given.
+        let (told, total) = (outcome.guest_total_bytes.unwrap_or(0), meminfo_total(&mut shell)?);
+        assert!(told.abs_diff(total) < 8 * MIB, "told {told} bytes, says {total}");
         let memory = agreed(&guest, &mut shell)?;
         assert_eq!((memory.requested_bytes, memory.assigned_bytes), (target, target));
         let total = memory.guest_total_bytes.unwrap_or(0);
