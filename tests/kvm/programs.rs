@@ -223,6 +223,7 @@ fn vmm_resizes_memory() -> Result<(), Failed> {
     );
     assert_eq!(refused["error"], "target 64 MiB is below the floor 104 MiB");
     vmm.accept("quit")?;
+    assert!(vmm.child.wait()?.success());
     let count = |name: &str| vmm.events.iter().filter(|event| event["event"] == name).count();
     assert_eq!(count("memory-settled"), 2);
     assert!(count("memory-progress") >= 2, "{:?}", vmm.events);

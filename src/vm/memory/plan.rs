@@ -20,6 +20,9 @@ const PAGE_BYTES: u64 = 4096;
 /// Progress is told in steps of at least this part of the way.
 const PROGRESS_STEPS: u64 = 16;
 
+/// A guest's total may be that much smaller than what follows from its former one, in bytes.
+const UNCOUNTED_BYTES: u64 = 8 << 20;
+
 /// What the guest is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Plan {
@@ -108,6 +111,25 @@ impl Plan {
         } else {
             MemoryReason::Deadline
         }
+    }
+}
+
+/// What a guest told as its total when it had been given so much; both in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Told {
+    pub assigned_bytes: u64,
+    pub total_bytes: u64,
+}
+
+impl Told {
+    /// Whether a guest that told `before` has counted all that it was given meanwhile: it reports a block as plugged
+    /// before it counts it. Its books take 64 bytes of a page of 4096, and a little is allowed for everything else.
+    pub const fn has_counted_all(&self, before: &Self) -> bool {
+        let moved_bytes = self.assigned_bytes.saturating_sub(before.assigned_bytes);
+        let lost_bytes = before.assigned_bytes.saturating_sub(self.assigned_bytes);
+        let least_bytes = (before.total_bytes + moved_bytes - moved_bytes / 64)
+            .saturating_sub(lost_bytes + UNCOUNTED_BYTES);
+        self.total_bytes >= least_bytes
     }
 }
 

@@ -16,10 +16,14 @@ use crate::ids::OperationId;
 use crate::memory::host::HostMemoryError;
 use crate::state::State;
 use crate::vm::memory::machine::{MachineMemory, Observed};
-use crate::vm::memory::plan::{Plan, assigned_bytes, is_progress};
+use crate::vm::memory::plan::{Plan, Told, assigned_bytes, is_progress};
 use crate::vm::memory::{AtDeadline, MemoryOutcome, MemoryReason, MemoryStatus, ResizeError, ResizeOptions};
 use crate::vm::operation::{Operation, OperationKind};
 use crate::vm::supervisor::Supervisor;
+
+/// A guest that has obeyed is asked for its total again for that long, at its own pace, while it has not counted all that
+/// it was given. One that leaves plugged memory offline never does.
+const COUNTING_MAX: Duration = Duration::from_secs(1);
 
 /// The host does not have what a starting guest was given before; the reason of its event, as of a refused request.
 const REFUSED_BY_HOST: &str = "host";
@@ -27,6 +31,9 @@ const REFUSED_BY_HOST: &str = "host";
 /// What is asked of the guest's memory.
 #[derive(Default)]
 pub(in crate::vm) struct MemoryWork {
+    /// What the guest of the present machine told last.
+    told: Option<Told>,
+    told_count: u64,
     asked: Option<Asked>,
     pending: Option<Pending>,
 }
@@ -51,8 +58,10 @@ struct Pending {
     /// What the guest had last, and since when.
     seen: Observed,
     seen_since: Instant,
-    /// The guest was asked for its total after it had told so often.
-    total_asked: Option<u64>,
+    /// What the guest had told before.
+    told_before: Option<Told>,
+    /// The guest has obeyed and was asked for its total: after it had told so often, and since when.
+    total_asked: Option<(u64, Instant)>,
 }
 
 /// A user asks for `target_bytes`.
@@ -88,6 +97,7 @@ pub fn resize(
         deadline,
         seen: observe(vm),
         seen_since: now,
+        told_before: vm.memory.told,
         total_asked: None,
     });
     ask(vm, plan);
@@ -143,6 +153,7 @@ pub fn look(vm: &mut Supervisor) {
     };
     let now = machine.memory().observe();
     tell(vm, &now);
+    listen(vm, &now);
     let Some(plan) = vm.memory.asked.as_ref().map(|asked| asked.plan) else {
         return;
     };
@@ -152,7 +163,7 @@ pub fn look(vm: &mut Supervisor) {
     let _ = machine.memory().promise(held_bytes, true);
     // A guest that did its first step is asked for the next one.
     machine.memory().request(&plan.step(&now));
-    let running = vm.state == State::Running;
+    let (running, told) = (vm.state == State::Running, vm.memory.told);
     let Some(pending) = &mut vm.memory.pending else {
         if plan.is_reached(&now) {
             settle(vm, &now);
@@ -164,18 +175,18 @@ pub fn look(vm: &mut Supervisor) {
         pending.total_asked = None;
         return;
     }
+    let (count, since) = pending.total_asked.unwrap_or((0, Instant::now()));
     let is_told = match pending.total_asked {
-        Some(count) => now.told_count > count,
-        // A guest that stands still tells nothing.
-        None if running && machine.memory().ask_guest_total() => {
-            pending.total_asked = Some(now.told_count);
-            false
-        }
-        None => true,
+        Some(_) if now.told_count == count => return,
+        Some(_) => pending.is_credible(told) || since.elapsed() >= COUNTING_MAX,
+        None => false,
     };
-    if is_told {
-        end(vm, MemoryReason::Complete);
+    // A guest that stands still tells nothing.
+    if !is_told && running && machine.memory().ask_guest_total() {
+        pending.total_asked = Some((now.told_count, since));
+        return;
     }
+    end(vm, MemoryReason::Complete);
 }
 
 /// The deadline of operation `id` has passed.
@@ -212,7 +223,7 @@ pub fn deadline_passed(vm: &mut Supervisor, id: OperationId) {
 /// The guest is gone. What was asked for stays the VM's setting.
 pub fn guest_ended(vm: &mut Supervisor) {
     end(vm, MemoryReason::GuestEnded);
-    vm.memory.asked = None;
+    vm.memory = MemoryWork::default();
 }
 
 /// Lets a caller that asks for the same share the pending operation.
@@ -307,6 +318,18 @@ fn tell(vm: &mut Supervisor, now: &Observed) {
     });
 }
 
+/// Takes note of what the guest told.
+fn listen(vm: &mut Supervisor, now: &Observed) {
+    if now.told_count == vm.memory.told_count {
+        return;
+    }
+    vm.memory.told_count = now.told_count;
+    vm.memory.told = now.guest_total_bytes.map(|total_bytes| Told {
+        assigned_bytes: assigned_bytes(vm.config.memory().startup_bytes, now),
+        total_bytes,
+    });
+}
+
 /// Tells once that the guest has obeyed, without an operation that waits for it.
 fn settle(vm: &mut Supervisor, now: &Observed) {
     let Some(asked) = vm.memory.asked.as_mut().filter(|asked| !asked.settled) else {
@@ -370,6 +393,14 @@ impl Pending {
             self.seen_since = Instant::now();
         }
         self.seen = *now;
+    }
+
+    /// Whether the guest has counted in `told` what it was given; of one that never told before nothing is known.
+    fn is_credible(&self, told: Option<Told>) -> bool {
+        match (&self.told_before, &told) {
+            (Some(before), Some(told)) => told.has_counted_all(before),
+            (None, _) | (_, None) => true,
+        }
     }
 
     fn shortfall(&self, now: &Observed) -> MemoryReason {

@@ -106,6 +106,23 @@ fn a_shortfall_names_the_driver_the_guest_or_the_clock() {
 }
 
 #[test]
+fn a_guest_that_has_not_counted_its_last_block_is_told_from_one_that_has() {
+    let told = |assigned_mib, total_mib| Told {
+        assigned_bytes: assigned_mib * MIB,
+        total_bytes: total_mib * MIB,
+    };
+    let before = told(512, 480);
+    // Of 3584 MiB its books take 56.
+    assert!(told(4096, 4008).has_counted_all(&before));
+    assert!(!told(4096, 4008 - 126).has_counted_all(&before));
+    assert!(told(384, 352).has_counted_all(&before) && before.has_counted_all(&before));
+    assert!(
+        told(512, 480).has_counted_all(&told(4096, 4008)),
+        "on the way down nothing is late"
+    );
+}
+
+#[test]
 fn progress_is_told_in_sixteenths_of_the_way() {
     let gib = 1024 * MIB;
     let told = (0..=512u64)
