@@ -152,7 +152,7 @@ impl RuntimeMemory {
     }
 
     /// Makes `length_bytes` from `offset` on, multiples of [`BLOCK_BYTES`] and none of them plugged, part of the guest's
-    /// memory. They read as zeros.
+    /// memory. They read as zeros, but for huge pages in a slot that the guest has had all the time.
     ///
     /// # Errors
     /// [`PlugError`]; nothing has changed then.
@@ -179,7 +179,8 @@ impl RuntimeMemory {
     }
 
     /// Takes `length_bytes` from `offset` on, multiples of [`BLOCK_BYTES`] and plugged or not, away from the guest and
-    /// gives them back to the host.
+    /// gives them back to the host; huge pages when their whole slot is unplugged, because a page of a mapped slot that
+    /// is given back is no longer reserved.
     ///
     /// # Errors
     /// The host's error when it does not take the pages back. The guest has lost them all the same.
@@ -192,10 +193,12 @@ impl RuntimeMemory {
                 continue;
             };
             slot.mark(start % self.slot_bytes, piece_bytes, false);
-            let given_back = if slot.plugged.contains(&true) {
-                punch(&self.file, start, piece_bytes)
-            } else {
+            let given_back = if !slot.plugged.contains(&true) {
                 self.retire(&mut slots, index)
+            } else if self.options.huge_pages {
+                Ok(())
+            } else {
+                punch(&self.file, start, piece_bytes)
             };
             result = result.and(given_back);
         }
@@ -215,7 +218,7 @@ impl RuntimeMemory {
     }
 
     /// Gives the whole pages of `address..address + length_bytes` that are in the region back to the host, though they
-    /// stay the guest's. The range may come from the guest.
+    /// stay the guest's; huge pages are kept. The range may come from the guest.
     ///
     /// # Errors
     /// The host's error.
