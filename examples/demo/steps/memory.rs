@@ -53,7 +53,8 @@ pub fn run(tour: &mut Tour, report: &mut Report) -> Result<(), Failed> {
         );
         if target_mib == MEMORY_MAX_MIB {
             shell.succeed(
-                "mkdir -p /large && mount -t tmpfs -o size=600m large /large && yes | head -c 536870912 >/large/file",
+                "yes | head -c 8388608 >/tmp/piece && mkdir -p /large && mount -t tmpfs -o size=600m large /large && \
+                 for i in $(seq 64); do cat /tmp/piece; done >/large/file",
             )?;
             let spent_mib = guest.vm.memory()?.resident_bytes / MIB;
             report.check(
