@@ -62,7 +62,6 @@ impl<D: VirtioDevice> Driver<D> {
         let interrupt = Arc::new(Nothing);
         let queue = DeviceQueue::new(queue_index, queue, memory.clone(), interrupt.clone());
         let activation = Activation {
-            memory: memory.clone(),
             driver_features: 0,
             queues: vec![queue],
             interrupt,

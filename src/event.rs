@@ -52,6 +52,23 @@ pub enum EventKind {
     DriverReady { unit: UnitName, ready: bool },
     /// A driver broke the rules; its device does nothing until the driver resets it.
     DeviceNeedsReset { unit: UnitName, reason: String },
+    /// The guest's memory is on its way to what was asked for; all in bytes. Told about sixteen times on a way.
+    MemoryProgress {
+        #[serde(rename = "requested")]
+        requested_bytes: u64,
+        #[serde(rename = "reached")]
+        reached_bytes: u64,
+    },
+    /// The guest's memory is what was asked for, or will not come closer for the reason given; all in bytes.
+    MemorySettled {
+        #[serde(rename = "requested")]
+        requested_bytes: u64,
+        #[serde(rename = "reached")]
+        reached_bytes: u64,
+        #[serde(rename = "guest_total")]
+        guest_total_bytes: Option<u64>,
+        reason: &'static str,
+    },
     /// A network card was added to a running machine: the guest can see it, and the configuration holds it.
     NicAttached {
         name: NicName,
@@ -121,6 +138,8 @@ pub enum EndCause {
     GuestPanic,
     /// The host's KVM could not go on with a vCPU.
     VcpuError { vcpu: u32, reason: String },
+    /// A device, or the embedder's code behind it, panicked where all devices are served.
+    DeviceError { reason: String },
     /// The VM could not be started.
     StartFailed { reason: String },
 }

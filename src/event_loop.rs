@@ -3,9 +3,13 @@
 //! Devices hand in file descriptors and a handler; the loop calls the handler when one becomes readable. Handlers are
 //! added and removed from any thread, vCPU threads included: both are messages to the loop and never wait for it, so
 //! a caller may hold the lock that its own handler takes. An idle loop sleeps in `epoll_wait`.
+//!
+//! Handlers call the embedder's code. A panic in one ends the loop, because what it left half done cannot be trusted,
+//! and is told to the [`LoopListener`]: devices that nobody serves must not go unnoticed.
 
 use std::io;
 use std::os::fd::RawFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,6 +26,15 @@ pub trait EventHandler: Send + Sync {
     /// The descriptor registered under `token` is readable. The handler makes it unreadable again (reads the
     /// eventfd) or is called at once again. A descriptor removed meanwhile may still be reported once.
     fn readable(&self, token: u32);
+}
+
+/// Hears from the loop itself. Called on its thread, implemented by the supervisor's mailbox; never blocks.
+pub trait LoopListener: Send + Sync {
+    /// The loop begins, on the calling thread.
+    fn loop_started(&self);
+
+    /// A handler panicked with these words: no handler is called any more.
+    fn loop_failed(&self, words: &str);
 }
 
 /// A descriptor the loop watches. Whoever registers it keeps it open until the [`Registration`] is dropped; the
@@ -70,11 +83,11 @@ pub enum LoopError {
 }
 
 impl EventLoop {
-    /// Starts a loop on a thread of its own named `name` (the kernel shows 15 bytes of it).
+    /// Starts a loop on a thread of its own named `name` (the kernel shows 15 bytes of it) that reports to `listener`.
     ///
     /// # Errors
     /// [`LoopError`] when the host refuses.
-    pub fn start(name: &str) -> Result<Self, LoopError> {
+    pub fn start(name: &str, listener: Arc<dyn LoopListener>) -> Result<Self, LoopError> {
         let mut manager =
             EventManager::<Subscriber>::new().map_err(|error| LoopError::Manager(error.to_string()))?;
         let stop = Arc::new(AtomicBool::new(false));
@@ -85,10 +98,11 @@ impl EventLoop {
         };
         let (end, ended) = channel();
         let run = move || {
-            while !stop.load(Ordering::Acquire) {
-                if let Err(error) = manager.run() {
-                    log::error!("device event loop: {error}");
-                }
+            listener.loop_started();
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| serve(&mut manager, &stop))) {
+                let words = panic.downcast_ref::<&str>().copied();
+                let words = words.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+                listener.loop_failed(words.unwrap_or("no words"));
             }
             // The handlers go before the end is told: they hold devices, and those guest memory.
             drop(manager);
@@ -107,6 +121,14 @@ impl EventLoop {
     /// A handle for those who add handlers.
     pub fn handle(&self) -> LoopHandle {
         self.handle.clone()
+    }
+}
+
+fn serve(manager: &mut EventManager<Subscriber>, stop: &AtomicBool) {
+    while !stop.load(Ordering::Acquire) {
+        if let Err(error) = manager.run() {
+            log::error!("device event loop: {error}");
+        }
     }
 }
 
@@ -218,6 +240,16 @@ mod tests {
 
     use super::*;
 
+    struct Deaf;
+
+    impl LoopListener for Deaf {
+        fn loop_started(&self) {}
+
+        fn loop_failed(&self, words: &str) {
+            log::error!("a handler panicked: {words}");
+        }
+    }
+
     struct Tell {
         fd: EventFd,
         sender: Mutex<Sender<u32>>,
@@ -236,7 +268,7 @@ mod tests {
 
     #[test]
     fn a_handler_hears_its_descriptor_until_it_is_removed() {
-        let event_loop = EventLoop::start("test-loop").expect("the host has epoll");
+        let event_loop = EventLoop::start("test-loop", Arc::new(Deaf)).expect("the host has epoll");
         let (sender, receiver) = channel();
         let fd = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).expect("the host has eventfds");
         let kick = fd.try_clone().expect("descriptors are free");
@@ -261,7 +293,7 @@ mod tests {
 
     #[test]
     fn a_busy_loop_refuses_more_handlers_until_it_gets_to_them() {
-        let event_loop = EventLoop::start("test-loop").expect("the host has epoll");
+        let event_loop = EventLoop::start("test-loop", Arc::new(Deaf)).expect("the host has epoll");
         let handle = event_loop.handle();
         let (go_on, wait) = channel::<()>();
         let stuck = move || wait.recv().expect("the test lets it go on");
@@ -288,9 +320,50 @@ mod tests {
         assert!(register().is_ok(), "there is room again");
     }
 
+    /// Hands on what the loop tells.
+    struct Hears(Mutex<Sender<String>>);
+
+    impl LoopListener for Hears {
+        fn loop_started(&self) {}
+
+        fn loop_failed(&self, words: &str) {
+            let sender = self.0.lock().expect("no panic while locked");
+            sender.send(words.to_owned()).expect("the test listens");
+        }
+    }
+
+    struct Panics;
+
+    impl EventHandler for Panics {
+        fn readable(&self, token: u32) {
+            panic!("the handler of {token} panics, as the test wants");
+        }
+    }
+
+    #[test]
+    fn a_panic_in_a_handler_is_told_and_ends_the_loop() {
+        let (sender, receiver) = channel();
+        let listener = Arc::new(Hears(Mutex::new(sender)));
+        let event_loop = EventLoop::start("test-loop", listener).expect("the host has epoll");
+        let handle = event_loop.handle();
+        let kick = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).expect("the host has eventfds");
+        let source = Source {
+            fd: kick.as_raw_fd(),
+            token: 7,
+        };
+        let registration = handle.register(vec![source], Arc::new(Panics));
+        kick.write(1).expect("the counter is not full");
+        let words = receiver.recv().expect("the panic is told");
+        assert_eq!(words, "the handler of 7 panics, as the test wants");
+        assert!(receiver.recv().is_err(), "the loop lets go of its listener");
+        assert!(handle.run_once(|| ()).is_err(), "nobody serves requests");
+        drop(registration.expect("the loop ran"));
+        drop(event_loop);
+    }
+
     #[test]
     fn an_ended_loop_refuses_by_name() {
-        let event_loop = EventLoop::start("test-loop").expect("the host has epoll");
+        let event_loop = EventLoop::start("test-loop", Arc::new(Deaf)).expect("the host has epoll");
         let handle = event_loop.handle();
         drop(event_loop);
         let error = handle.run_once(|| ()).expect_err("the loop has ended");

@@ -5,7 +5,9 @@
 //! included, so that a component added later cannot be forgotten by a checkpoint.
 //!
 //! Order of a pause: all vCPUs are parked first, then [`Unit::pause`] is called on every unit; the VM counts as
-//! paused when the last [`PauseTicket`] is dropped. Order of a resume: units first, then vCPUs.
+//! paused when the last [`PauseTicket`] is dropped. Order of a resume: units first, then vCPUs. Order of a restore:
+//! guest RAM, because devices look into their rings; vCPUs, because the interrupt controllers deliver what they hold to
+//! them; then the other units in the order in which they were built.
 
 use std::fmt;
 use std::sync::Arc;

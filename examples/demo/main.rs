@@ -20,7 +20,9 @@ use libtest_mimic::Failed;
 
 use crate::harness::kvm;
 use crate::report::Report;
-use crate::steps::{clean_up, disk, ends, look, make, network, new_card, pause, power_button, reset, start};
+use crate::steps::{
+    clean_up, disk, ends, look, make, memory, network, new_card, pause, power_button, reset, start,
+};
 use crate::tour::Tour;
 
 /// One stop of the tour. Later steps find the VM as earlier ones left it.
@@ -29,7 +31,7 @@ struct Step {
     run: fn(&mut Tour, &mut Report) -> Result<(), Failed>,
 }
 
-const STEPS: [Step; 11] = [
+const STEPS: [Step; 12] = [
     Step {
         title: "Make a virtual machine",
         run: make::run,
@@ -49,6 +51,10 @@ const STEPS: [Step; 11] = [
     Step {
         title: "Talk over the network",
         run: network::run,
+    },
+    Step {
+        title: "Give it more memory, and take some away",
+        run: memory::run,
     },
     Step {
         title: "Add a network card while the guest runs, and take it away",

@@ -57,6 +57,8 @@ fn new_vm(options: Vec<(String, String)>) -> Result<VmConfigBuilder, String> {
             "--cpus" => builder.cpus(value.parse().map_err(|error| failed(&error))?),
             "--memory" => builder.startup_bytes(size(&value).map_err(|error| failed(&error))?),
             "--memory-max" => builder.maximum_bytes(size(&value).map_err(|error| failed(&error))?),
+            "--memory-min" => builder.minimum_bytes(size(&value).map_err(|error| failed(&error))?),
+            "--overcommit" => builder.overcommit(value.parse().map_err(|error| failed(&error))?),
             "--disk" => builder.disk(disk(&value).map_err(|error| failed(&error))?),
             "--nic" => builder.nic(nic(&value).map_err(|error| failed(&error))?),
             "--config-version" => builder.version(value.parse().map_err(|error| failed(&error))?),
@@ -72,7 +74,7 @@ fn absolute(path: &str) -> Result<PathBuf, String> {
 }
 
 /// Reads a size like `512M` or `2G`; without a letter it is bytes.
-fn size(text: &str) -> Result<u64, String> {
+pub fn size(text: &str) -> Result<u64, String> {
     let (digits, shift) = match text.as_bytes().last() {
         Some(b'K' | b'k') => (&text[..text.len() - 1], 10),
         Some(b'M' | b'm') => (&text[..text.len() - 1], 20),

@@ -7,6 +7,7 @@ use vm_lifecycle::state::State;
 use vm_lifecycle::vm::Vm;
 use vm_lifecycle::vm::operation::{Ended, Operation};
 
+use crate::memory;
 use crate::nics;
 
 /// How long commands that wait for the guest wait when they are not told.
@@ -26,18 +27,20 @@ pub fn run(vm: &Vm, command: &str, rest: &[&str]) -> Result<Value, String> {
         ("shut-down", [seconds]) => shut_down(vm, parse_seconds(seconds)?),
         ("wait", [state]) => wait(vm, state, Duration::from_secs(DEFAULT_SECONDS)),
         ("wait", [state, seconds]) => wait(vm, state, parse_seconds(seconds)?),
+        ("memory", [target]) => memory::resize(vm, target, Duration::from_secs(DEFAULT_SECONDS)),
+        ("memory", [target, seconds]) => memory::resize(vm, target, parse_seconds(seconds)?),
         ("nic", words) => nics::run(vm, words),
         ("status", []) => status(vm),
         ("inspect", []) => Ok(json!({ "inspect": vm.inspect().map_err(|error| error.to_string())? })),
         ("quit", []) => Ok(json!({})),
         (
-            "start" | "pause" | "resume" | "reset" | "power-off" | "shut-down" | "wait" | "status"
+            "start" | "pause" | "resume" | "reset" | "power-off" | "shut-down" | "wait" | "status" | "memory"
             | "inspect" | "quit",
             _,
         ) => Err(format!("wrong number of words after {command:?}")),
         _ => Err(format!(
             "unknown command {command:?}; commands are start, status, pause, resume, reset, shut-down [SECONDS], \
-             power-off, wait STATE [SECONDS], {}, inspect, quit",
+             power-off, wait STATE [SECONDS], memory SIZE [SECONDS], {}, inspect, quit",
             nics::USAGE
         )),
     }
@@ -112,14 +115,13 @@ fn status(vm: &Vm) -> Result<Value, String> {
             })
         })
         .collect();
-    let memory = config.memory();
     Ok(json!({
         "state": status.state,
         "operation": status.operation.map(|operation| operation.as_str()),
         "name": config.name(),
         "config_version": config.version(),
         "cpus": config.cpu_count(),
-        "memory": { "startup": memory.startup_bytes, "maximum": memory.maximum_bytes },
+        "memory": memory::status(vm)?,
         "nics": nics,
         "disks": disks,
     }))

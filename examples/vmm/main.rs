@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! vmm --state-dir DIR [--name NAME --kernel FILE [--initrd FILE] [--cmdline STR] [--cpus N] [--memory SIZE]
-//!     [--memory-max SIZE] [--disk name=N,path=P[,readonly]]... [--nic name=N,tap=T[,mac=M]]...
+//!     [--memory-max SIZE] [--memory-min SIZE] [--overcommit true|false]
+//!     [--disk name=N,path=P[,readonly]]... [--nic name=N,tap=T[,mac=M]]...
 //!     [--config-version V]] [--console FILE]
 //! ```
 //! With `--name` a new VM is made in DIR; without it the VM in DIR is opened. The guest is not started by itself.
@@ -13,6 +14,7 @@
 
 mod arguments;
 mod commands;
+mod memory;
 mod nics;
 mod words;
 

@@ -175,7 +175,6 @@ impl<D: VirtioDevice> Driven<D> {
             ));
         }
         self.device.activate(Activation {
-            memory: self.memory.clone(),
             driver_features: self.features,
             queues,
             interrupt,
@@ -226,6 +225,23 @@ impl<D: VirtioDevice> Driven<D> {
             }
         }
         Ok(())
+    }
+
+    /// Sends a whole request: its header, and room for a response of `response_bytes`.
+    ///
+    /// # Errors
+    /// As [`Driven::play`].
+    pub fn ask(&mut self, queue: u8, header: [u8; 4], response_bytes: u32) -> Result<(), DeviceFault> {
+        let header = (self.header)(header);
+        let request = (self.place(&header), header.len() as u32, 0);
+        let room = (
+            self.place(&vec![0; response_bytes as usize]),
+            response_bytes,
+            WRITE,
+        );
+        let queue = self.queue(queue);
+        self.offer(queue, &[request, room]);
+        self.device.process_queue(queue)
     }
 
     /// Serves every queue until the device rests, checks that nothing is lost, and resets it.

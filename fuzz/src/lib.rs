@@ -5,6 +5,7 @@
 //! | `board` | the devices at fixed ports and addresses |
 //! | `driver` | rings laid out by the input, for a virtio device without a transport |
 //! | `machine` | the bus, PCI and event loop of a VM over a host that only keeps books |
+//! | `memory` | the host of the devices that resize memory, which checks what it is asked |
 //! | `edits` | changes to a JSON value at places that the input chooses |
 //!
 //! A target describes what the guest or the file may do as a type that is built from the input's bytes, does it, and
@@ -16,10 +17,12 @@ pub mod board;
 pub mod driver;
 pub mod edits;
 pub mod machine;
+pub mod memory;
 
 use arbitrary::Arbitrary;
 use vm_lifecycle::acpi::pci_hotplug::registers::SlotListener;
 use vm_lifecycle::bus::Bus;
+use vm_lifecycle::event_loop::LoopListener;
 use vm_lifecycle::ids::{Bdf, UnitName};
 use vm_lifecycle::unit::{PowerListener, PowerRequest, UnitListener};
 
@@ -55,6 +58,13 @@ impl UnitListener for Deaf {
     fn driver_ready(&self, _unit: &UnitName, _ready: bool) {}
 
     fn needs_reset(&self, _unit: &UnitName, _reason: &str) {}
+}
+
+impl LoopListener for Deaf {
+    fn loop_started(&self) {}
+
+    /// A panic has ended the fuzzer before.
+    fn loop_failed(&self, _words: &str) {}
 }
 
 impl PowerListener for Deaf {

@@ -29,6 +29,7 @@ use vm_lifecycle::virtio::transport::{TransportResources, VirtioPciDevice};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::Deaf;
+use crate::memory::Books;
 
 /// Guest memory, from address 0.
 pub const MEMORY_BYTES: u64 = 0x4_0000;
@@ -49,6 +50,8 @@ pub enum Kind {
     Net,
     Rng,
     Console,
+    Mem,
+    Balloon,
 }
 
 /// A VM without vCPUs.
@@ -73,7 +76,7 @@ pub struct Slotted {
 impl Default for Machine {
     fn default() -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES as usize)]);
-        let event_loop = EventLoop::start("fuzz-devices").expect("the host has epoll");
+        let event_loop = EventLoop::start("fuzz-devices", Arc::new(Deaf)).expect("the host has epoll");
         Self::new(Arc::new(memory.expect("memory is free")), Arc::new(event_loop))
     }
 }
@@ -90,7 +93,7 @@ impl Machine {
                 gsi: gsi.clone(),
                 ioevents: IoEvents::new(vm.clone()),
                 event_loop: event_loop.handle(),
-                memory: memory.clone(),
+                memory: memory.clone().into(),
                 listener: Arc::new(Deaf),
             },
             vm,
@@ -132,6 +135,12 @@ impl Machine {
                 ports = Some(host);
                 Box::new(console)
             }
+            Kind::Mem => {
+                let mut mem = Arc::new(Books::default()).mem();
+                mem.set_requested(64 << 20).expect("the region is larger");
+                Box::new(mem)
+            }
+            Kind::Balloon => Box::new(Arc::new(Books::default()).balloon()),
         };
         let bdf = Bdf::new(1, slot).expect("slots go to 31");
         let name = UnitName::new("device").expect("a good name");

@@ -180,7 +180,7 @@ mod tests {
     #[test]
     fn a_device_that_goes_with_its_claim_may_hold_claims_itself() {
         struct Holder {
-            _inner: Option<BusClaim>,
+            _claim: Option<BusClaim>,
         }
 
         impl BusDevice for Holder {
@@ -190,10 +190,10 @@ mod tests {
 
         let bus = Bus::new();
         let inner = bus
-            .claim(0, 1, Arc::new(Holder { _inner: None }))
+            .claim(0, 1, Arc::new(Holder { _claim: None }))
             .expect("bus is empty");
         let outer = bus
-            .claim(1, 1, Arc::new(Holder { _inner: Some(inner) }))
+            .claim(1, 1, Arc::new(Holder { _claim: Some(inner) }))
             .expect("it is free");
         drop(outer);
         assert_eq!(bus.range_count(), 0);

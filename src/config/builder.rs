@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use super::disk::{DiskConfig, DiskSpec};
-use super::memory::{ByteSize, MemoryConfig};
+use super::memory::{ByteSize, MemoryConfig, MemorySpec};
 use super::nic::{ACPI_INDEX_MAX, NICS_MAX, NicSpec, QUEUE_PAIRS_MAX, add_nic, device_name};
 use super::slots::Slots;
 use super::version::{ConfigVersion, NeedsVersion};
@@ -48,6 +48,14 @@ pub enum ConfigError {
     /// The maximum is less than the guest starts with.
     #[error("maximum memory {maximum} is below start-up memory {startup}")]
     MaximumBelowStartup { maximum: ByteSize, startup: ByteSize },
+    /// A size is out of range.
+    #[error("{what} {size} is not between {least} and {most}")]
+    MemoryRange {
+        what: &'static str,
+        size: ByteSize,
+        least: ByteSize,
+        most: ByteSize,
+    },
     /// The maximum is too large.
     #[error("maximum memory {maximum} exceeds the limit {limit}")]
     MaximumTooLarge { maximum: ByteSize, limit: ByteSize },
@@ -131,9 +139,7 @@ pub struct VmConfigBuilder {
     name: String,
     version: ConfigVersion,
     cpu_count: u32,
-    startup_bytes: u64,
-    maximum_bytes: Option<u64>,
-    huge_pages: bool,
+    memory: MemorySpec,
     kernel: PathBuf,
     initrd: Option<PathBuf>,
     cmdline: String,
@@ -148,9 +154,14 @@ impl VmConfigBuilder {
             name,
             version: ConfigVersion::newest(),
             cpu_count: 1,
-            startup_bytes: STARTUP_DEFAULT_BYTES,
-            maximum_bytes: None,
-            huge_pages: false,
+            memory: MemorySpec {
+                startup_bytes: STARTUP_DEFAULT_BYTES,
+                maximum_bytes: None,
+                minimum_bytes: None,
+                assigned_bytes: None,
+                huge_pages: false,
+                overcommit: false,
+            },
             kernel,
             initrd: None,
             cmdline: String::new(),
@@ -191,19 +202,39 @@ impl VmConfigBuilder {
 
     /// The size of RAM at power-on; see [`MemoryConfig::startup_bytes`].
     pub fn startup_bytes(mut self, bytes: u64) -> Self {
-        self.startup_bytes = bytes;
+        self.memory.startup_bytes = bytes;
         self
     }
 
     /// The size that the running guest can be given; see [`MemoryConfig::maximum_bytes`].
     pub fn maximum_bytes(mut self, bytes: u64) -> Self {
-        self.maximum_bytes = Some(bytes);
+        self.memory.maximum_bytes = Some(bytes);
+        self
+    }
+
+    /// The size to which the running guest can be brought down; see [`MemoryConfig::minimum_bytes`]. Unless it is said,
+    /// that is [`MemoryConfig::floor_bytes`] where there is a maximum above the start-up size, and in version 1.0.
+    pub fn minimum_bytes(mut self, bytes: u64) -> Self {
+        self.memory.minimum_bytes = Some(bytes);
+        self
+    }
+
+    /// The size that the guest is given when it has started; see [`MemoryConfig::assigned_bytes`]. Unless it is said,
+    /// that is the start-up size.
+    pub fn assigned_bytes(mut self, bytes: u64) -> Self {
+        self.memory.assigned_bytes = Some(bytes);
+        self
+    }
+
+    /// Whether the guest may be promised more memory than the host has left. It may die for it when it takes it.
+    pub fn overcommit(mut self, overcommit: bool) -> Self {
+        self.memory.overcommit = overcommit;
         self
     }
 
     /// Whether the host backs the guest's memory with huge pages.
     pub fn huge_pages(mut self, huge_pages: bool) -> Self {
-        self.huge_pages = huge_pages;
+        self.memory.huge_pages = huge_pages;
         self
     }
 
@@ -224,17 +255,12 @@ impl VmConfigBuilder {
     /// # Errors
     /// [`ConfigError`] for the first thing that is wrong.
     pub fn build(self) -> Result<VmConfig, ConfigError> {
-        let memory = MemoryConfig {
-            startup_bytes: self.startup_bytes,
-            maximum_bytes: self.maximum_bytes.unwrap_or(self.startup_bytes),
-            huge_pages: self.huge_pages,
-        };
         let mut config = VmConfig {
             id: self.id.unwrap_or_else(VmId::random),
             name: VmName::new(self.name)?,
             version: self.version,
             cpu_count: check_cpus(self.cpu_count)?,
-            memory: memory.checked(self.version)?,
+            memory: MemoryConfig::checked(self.memory, self.version)?,
             boot: check_boot(self.kernel, self.initrd, self.cmdline)?,
             disks: Vec::with_capacity(self.disks.len()),
             nics: Vec::with_capacity(self.nics.len()),

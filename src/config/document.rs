@@ -111,7 +111,10 @@ fn builder(document: DocumentV2) -> VmConfigBuilder {
             MemoryV2 {
                 startup_bytes,
                 maximum_bytes,
+                minimum_bytes,
+                assigned_bytes,
                 huge_pages,
+                overcommit,
             },
         boot: BootV2 {
             kernel,
@@ -128,7 +131,14 @@ fn builder(document: DocumentV2) -> VmConfigBuilder {
         .startup_bytes(startup_bytes)
         .maximum_bytes(maximum_bytes)
         .huge_pages(huge_pages)
+        .overcommit(overcommit.unwrap_or(false))
         .cmdline(cmdline);
+    builder = minimum_bytes
+        .into_iter()
+        .fold(builder, VmConfigBuilder::minimum_bytes);
+    builder = assigned_bytes
+        .into_iter()
+        .fold(builder, VmConfigBuilder::assigned_bytes);
     if let Some(initrd) = initrd {
         builder = builder.initrd(initrd);
     }
@@ -173,12 +183,7 @@ fn document(config: &VmConfig) -> DocumentV2 {
         name,
         version,
         cpu_count,
-        memory:
-            MemoryConfig {
-                startup_bytes,
-                maximum_bytes,
-                huge_pages,
-            },
+        memory,
         boot: BootConfig {
             kernel,
             initrd,
@@ -193,11 +198,7 @@ fn document(config: &VmConfig) -> DocumentV2 {
         id,
         name,
         cpus: cpu_count,
-        memory: MemoryV2 {
-            startup_bytes,
-            maximum_bytes,
-            huge_pages,
-        },
+        memory: memory_document(memory, version),
         boot: BootV2 {
             kernel: path_text(kernel),
             initrd: initrd.map(path_text),
@@ -205,6 +206,26 @@ fn document(config: &VmConfig) -> DocumentV2 {
         },
         disks: disks.into_iter().map(disk_document).collect(),
         nics: nics.into_iter().map(nic_document).collect(),
+    }
+}
+
+fn memory_document(memory: MemoryConfig, version: ConfigVersion) -> MemoryV2 {
+    let default_minimum_bytes = memory.default_minimum_bytes(version);
+    let MemoryConfig {
+        startup_bytes,
+        maximum_bytes,
+        minimum_bytes,
+        assigned_bytes,
+        huge_pages,
+        overcommit,
+    } = memory;
+    MemoryV2 {
+        startup_bytes,
+        maximum_bytes,
+        minimum_bytes: Some(minimum_bytes).filter(|bytes| *bytes != default_minimum_bytes),
+        assigned_bytes: Some(assigned_bytes).filter(|bytes| *bytes != startup_bytes),
+        huge_pages,
+        overcommit: overcommit.then_some(true),
     }
 }
 

@@ -27,18 +27,76 @@ pub struct MemoryConfig {
     /// The size that a running guest can be given, in bytes; the start-up size plus a multiple of
     /// [`RUNTIME_MEMORY_STEP_BYTES`], at most [`MEMORY_MAX_BYTES`].
     pub maximum_bytes: u64,
+    /// The size to which a running guest can be brought down, in bytes; a multiple of [`STARTUP_STEP_BYTES`] from
+    /// [`MemoryConfig::floor_bytes`] to the start-up size. If maximum and minimum
+    /// both are the start-up size, the guest is spared the balloon.
+    pub minimum_bytes: u64,
+    /// The size that the guest is given when it has started, in bytes, from the minimum to the maximum.
+    pub assigned_bytes: u64,
     /// Whether the host backs the guest's memory with pages of [`HUGE_PAGE_BYTES`].
     pub huge_pages: bool,
+    /// Whether the guest may be promised more memory than the host has left.
+    pub overcommit: bool,
+}
+
+/// What is said of a VM's memory before it is checked.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct MemorySpec {
+    pub startup_bytes: u64,
+    pub maximum_bytes: Option<u64>,
+    pub minimum_bytes: Option<u64>,
+    pub assigned_bytes: Option<u64>,
+    pub huge_pages: bool,
+    pub overcommit: bool,
+}
+
+/// The least that a Linux guest with `startup_bytes` can be left with: what Hyper-V's balloon driver leaves to its
+/// guest, a share of the start-up size that becomes smaller as the guest becomes larger.
+const fn balloon_floor_bytes(startup_bytes: u64) -> u64 {
+    let startup_mib = startup_bytes / MIB;
+    let floor_mib = match startup_mib {
+        0..128 => 8 + startup_mib / 2,
+        128..512 => 40 + startup_mib / 4,
+        512..2048 => 104 + startup_mib / 8,
+        2048..8192 => 232 + startup_mib / 16,
+        _ => 488 + startup_mib / 32,
+    };
+    floor_mib * MIB
 }
 
 impl MemoryConfig {
+    /// Below this no guest with this start-up size is brought, in bytes. Huge pages cannot be taken out of a running
+    /// guest: with them it is the start-up size.
+    pub const fn floor_bytes(&self) -> u64 {
+        floor_bytes(self.startup_bytes, self.huge_pages)
+    }
+
+    /// What a VM can be brought down to about whose minimum nothing is said: to the floor if its memory can change at
+    /// all, which it says by a maximum above the start-up size; version 1.0 has no maximum, its memory can always
+    /// change. Otherwise the guest is spared the device.
+    pub(super) const fn default_minimum_bytes(&self, version: ConfigVersion) -> u64 {
+        let can_change = match version {
+            ConfigVersion::V1_0 => true,
+            ConfigVersion::V2_0 => self.maximum_bytes > self.startup_bytes,
+        };
+        if can_change {
+            self.floor_bytes()
+        } else {
+            self.startup_bytes
+        }
+    }
+
     /// Checks the sizes for a VM of `version`.
-    pub(super) fn checked(self, version: ConfigVersion) -> Result<Self, ConfigError> {
-        let Self {
+    pub(super) fn checked(spec: MemorySpec, version: ConfigVersion) -> Result<Self, ConfigError> {
+        let MemorySpec {
             startup_bytes,
             maximum_bytes,
+            minimum_bytes,
+            assigned_bytes,
             huge_pages,
-        } = self;
+            overcommit,
+        } = spec;
+        let maximum_bytes = maximum_bytes.unwrap_or(startup_bytes);
         let (startup, maximum) = (ByteSize(startup_bytes), ByteSize(maximum_bytes));
         if startup_bytes < STARTUP_MIN_BYTES {
             let minimum = ByteSize(STARTUP_MIN_BYTES);
@@ -66,8 +124,60 @@ impl MemoryConfig {
             runtime_bytes,
             RUNTIME_MEMORY_STEP_BYTES,
         )?;
-        Ok(self)
+        let mut memory = Self {
+            startup_bytes,
+            maximum_bytes,
+            minimum_bytes: startup_bytes,
+            assigned_bytes: assigned_bytes.unwrap_or(startup_bytes),
+            huge_pages,
+            overcommit,
+        };
+        memory.minimum_bytes = minimum_bytes.unwrap_or_else(|| memory.default_minimum_bytes(version));
+        memory.check_runtime_sizes()?;
+        Ok(memory)
     }
+
+    pub(super) fn with_assigned(self, assigned_bytes: u64) -> Result<Self, ConfigError> {
+        let memory = Self {
+            assigned_bytes,
+            ..self
+        };
+        memory.check_runtime_sizes()?;
+        Ok(memory)
+    }
+
+    fn check_runtime_sizes(&self) -> Result<(), ConfigError> {
+        let Self {
+            startup_bytes,
+            maximum_bytes,
+            minimum_bytes,
+            assigned_bytes,
+            huge_pages: _,
+            overcommit: _,
+        } = *self;
+        check_step("minimum memory", minimum_bytes, STARTUP_STEP_BYTES)?;
+        check_between("minimum memory", minimum_bytes, self.floor_bytes(), startup_bytes)?;
+        check_between("assigned memory", assigned_bytes, minimum_bytes, maximum_bytes)
+    }
+}
+
+const fn floor_bytes(startup_bytes: u64, huge_pages: bool) -> u64 {
+    if huge_pages {
+        return startup_bytes;
+    }
+    balloon_floor_bytes(startup_bytes)
+}
+
+fn check_between(what: &'static str, size: u64, least: u64, most: u64) -> Result<(), ConfigError> {
+    if (least..=most).contains(&size) {
+        return Ok(());
+    }
+    Err(ConfigError::MemoryRange {
+        what,
+        size: ByteSize(size),
+        least: ByteSize(least),
+        most: ByteSize(most),
+    })
 }
 
 fn check_step(what: &'static str, size_bytes: u64, step_bytes: u64) -> Result<(), ConfigError> {
@@ -100,13 +210,20 @@ impl fmt::Display for ByteSize {
 mod tests {
     use super::*;
 
-    fn check(startup_bytes: u64, maximum_bytes: u64, huge_pages: bool) -> Result<(), String> {
-        let memory = MemoryConfig {
+    fn spec(startup_bytes: u64, maximum_bytes: u64, huge_pages: bool) -> MemorySpec {
+        MemorySpec {
             startup_bytes,
-            maximum_bytes,
+            maximum_bytes: Some(maximum_bytes),
+            minimum_bytes: None,
+            assigned_bytes: None,
             huge_pages,
-        };
-        let checked = memory.checked(ConfigVersion::V2_0);
+            overcommit: false,
+        }
+    }
+
+    fn check(startup_bytes: u64, maximum_bytes: u64, huge_pages: bool) -> Result<(), String> {
+        let spec = spec(startup_bytes, maximum_bytes, huge_pages);
+        let checked = MemoryConfig::checked(spec, ConfigVersion::V2_0);
         checked.map(|_| ()).map_err(|error| error.to_string())
     }
 
@@ -144,14 +261,64 @@ mod tests {
 
     #[test]
     fn growth_needs_version_2() {
-        let memory = MemoryConfig {
-            startup_bytes: GIB,
-            maximum_bytes: 2 * GIB,
-            huge_pages: false,
-        };
+        let spec = spec(GIB, 2 * GIB, false);
         assert_eq!(
-            memory.checked(ConfigVersion::V1_0).unwrap_err().to_string(),
+            MemoryConfig::checked(spec, ConfigVersion::V1_0)
+                .unwrap_err()
+                .to_string(),
             "runtime memory above the start-up size needs configuration version 2.0, the vm has 1.0"
         );
+    }
+
+    #[test]
+    fn the_floor_is_that_of_hyper_v_and_grows_with_the_start_up_size() {
+        let floors = [64, 127, 128, 511, 512, 2047, 2048, 8191, 8192, 65536]
+            .map(|startup_mib| floor_bytes(startup_mib * MIB, false) / MIB);
+        assert_eq!(floors, [40, 71, 72, 167, 168, 359, 360, 743, 744, 2536]);
+        for startup_mib in STARTUP_MIN_BYTES / MIB..20_000 {
+            let floor = floor_bytes(startup_mib * MIB, false);
+            assert!(floor < startup_mib * MIB, "{startup_mib} MiB");
+            assert!(
+                floor <= floor_bytes((startup_mib + 1) * MIB, false),
+                "{startup_mib} MiB"
+            );
+        }
+        assert_eq!(floor_bytes(GIB, true), GIB, "huge pages stay");
+    }
+
+    #[test]
+    fn a_minimum_and_an_assigned_size_are_between_their_limits() {
+        let sizes = |minimum_bytes, assigned_bytes| {
+            let spec = MemorySpec {
+                minimum_bytes,
+                assigned_bytes,
+                ..spec(512 * MIB, GIB, false)
+            };
+            let checked = MemoryConfig::checked(spec, ConfigVersion::V2_0);
+            checked.map(|memory| (memory.minimum_bytes / MIB, memory.assigned_bytes / MIB))
+        };
+        assert_eq!(sizes(None, None), Ok((168, 512)));
+        assert_eq!(sizes(Some(256 * MIB), Some(256 * MIB)), Ok((256, 256)));
+        assert_eq!(sizes(Some(512 * MIB), Some(GIB)), Ok((512, 1024)));
+        let refused = |minimum, assigned| sizes(minimum, assigned).unwrap_err().to_string();
+        assert_eq!(
+            refused(Some(167 * MIB), None),
+            "minimum memory 167 MiB is not between 168 MiB and 512 MiB"
+        );
+        assert_eq!(
+            refused(None, Some(GIB + 1)),
+            "assigned memory 1073741825 bytes is not between 168 MiB and 1 GiB"
+        );
+    }
+
+    #[test]
+    fn memory_that_cannot_change_has_no_room_below_the_start_up_size() {
+        let minimum = |version, maximum_bytes| {
+            let checked = MemoryConfig::checked(spec(GIB, maximum_bytes, false), version);
+            checked.expect("the sizes are allowed").minimum_bytes
+        };
+        assert_eq!(minimum(ConfigVersion::V2_0, GIB), GIB);
+        assert_eq!(minimum(ConfigVersion::V2_0, 2 * GIB), 232 * MIB);
+        assert_eq!(minimum(ConfigVersion::V1_0, GIB), 232 * MIB);
     }
 }

@@ -31,7 +31,7 @@ pub use memory::{
     STARTUP_STEP_BYTES,
 };
 pub use nic::{ACPI_INDEX_MAX, NICS_MAX, NicConfig, NicSpec, QUEUE_PAIRS_MAX, TAP_NAME_MAX_BYTES};
-pub use slots::{CONSOLE_BDF, PLATFORM_SLOT_COUNT, RNG_BDF, SEGMENT_COUNT, first_slot};
+pub use slots::{BALLOON_BDF, CONSOLE_BDF, MEM_BDF, PLATFORM_SLOT_COUNT, RNG_BDF, SEGMENT_COUNT, first_slot};
 pub use state_dir::{StateDir, StateDirError};
 pub use version::{ConfigVersion, Feature, NeedsVersion, ParseVersionError};
 
@@ -91,6 +91,16 @@ impl VmConfig {
     /// The VM's memory.
     pub fn memory(&self) -> &MemoryConfig {
         &self.memory
+    }
+
+    /// The same VM with another assigned size, see [`MemoryConfig::assigned_bytes`].
+    ///
+    /// # Errors
+    /// [`ConfigError::MemoryRange`] with the limits.
+    pub fn with_assigned_memory(&self, assigned_bytes: u64) -> Result<Self, ConfigError> {
+        let mut config = self.clone();
+        config.memory = self.memory.with_assigned(assigned_bytes)?;
+        Ok(config)
     }
 
     /// What the guest is started from.

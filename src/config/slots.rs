@@ -17,6 +17,10 @@ pub const PLATFORM_SLOT_COUNT: u8 = 8;
 pub const RNG_BDF: Bdf = platform(1);
 /// The address of the console.
 pub const CONSOLE_BDF: Bdf = platform(2);
+/// The address of the memory device.
+pub const MEM_BDF: Bdf = platform(3);
+/// The address of the balloon.
+pub const BALLOON_BDF: Bdf = platform(4);
 
 const fn platform(slot: u8) -> Bdf {
     assert!(slot < PLATFORM_SLOT_COUNT);

@@ -307,7 +307,7 @@ prop_compose! {
         cpus in 1..=CPUS_MAX,
         startup in 32u64..1000,
         growth in 0u64..64,
-        huge_pages in any::<bool>(),
+        (huge_pages, overcommit, minimum, assigned) in (any::<bool>(), any::<bool>(), any::<bool>(), 0u64..=100),
         disks in prop::collection::vec(("/[^\\p{Cc}]{0,50}", any::<bool>()), 0..8),
         nics in prop::collection::vec(("[^\\p{Cc}]{0,15}", 1..=QUEUE_PAIRS_MAX, any::<bool>()), 0..8),
     ) -> VmConfig {
@@ -319,7 +319,13 @@ prop_compose! {
             .cpus(cpus.into())
             .startup_bytes(startup_bytes)
             .maximum_bytes(startup_bytes + growth * RUNTIME_MEMORY_STEP_BYTES)
-            .huge_pages(huge_pages);
+            .huge_pages(huge_pages)
+            .overcommit(overcommit);
+        if minimum {
+            builder = builder.minimum_bytes(startup_bytes);
+        }
+        // From the start-up size, below which a minimum may be, to the maximum.
+        builder = builder.assigned_bytes(startup_bytes + growth * RUNTIME_MEMORY_STEP_BYTES * assigned / 100);
         if let Some(initrd) = initrd {
             builder = builder.initrd(initrd);
         }

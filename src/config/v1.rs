@@ -27,7 +27,16 @@ pub struct DocumentV1 {
 #[serde(deny_unknown_fields)]
 pub struct MemoryV1 {
     pub startup_bytes: u64,
+    /// Left out when it is the version's default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub minimum_bytes: Option<u64>,
+    /// Left out when it is the start-up size.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub assigned_bytes: Option<u64>,
     pub huge_pages: bool,
+    /// Left out when it is not allowed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overcommit: Option<bool>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,10 +85,14 @@ impl From<DocumentV1> for DocumentV2 {
             id,
             name,
             cpus,
-            memory: MemoryV1 {
-                startup_bytes,
-                huge_pages,
-            },
+            memory:
+                MemoryV1 {
+                    startup_bytes,
+                    minimum_bytes,
+                    assigned_bytes,
+                    huge_pages,
+                    overcommit,
+                },
             boot,
             disks,
             nics,
@@ -93,7 +106,10 @@ impl From<DocumentV1> for DocumentV2 {
             memory: MemoryV2 {
                 startup_bytes,
                 maximum_bytes: startup_bytes,
+                minimum_bytes,
+                assigned_bytes,
                 huge_pages,
+                overcommit,
             },
             boot: boot.into(),
             disks: disks.into_iter().map(DiskV2::from).collect(),
@@ -117,7 +133,10 @@ impl TryFrom<DocumentV2> for DocumentV1 {
                 MemoryV2 {
                     startup_bytes,
                     maximum_bytes,
+                    minimum_bytes,
+                    assigned_bytes,
                     huge_pages,
+                    overcommit,
                 },
             boot,
             disks,
@@ -137,7 +156,10 @@ impl TryFrom<DocumentV2> for DocumentV1 {
             cpus,
             memory: MemoryV1 {
                 startup_bytes,
+                minimum_bytes,
+                assigned_bytes,
                 huge_pages,
+                overcommit,
             },
             boot: boot.into(),
             disks: disks.into_iter().map(DiskV1::from).collect(),

@@ -28,7 +28,16 @@ pub struct DocumentV2 {
 pub struct MemoryV2 {
     pub startup_bytes: u64,
     pub maximum_bytes: u64,
+    /// Left out when it is the version's default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub minimum_bytes: Option<u64>,
+    /// Left out when it is the start-up size.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub assigned_bytes: Option<u64>,
     pub huge_pages: bool,
+    /// Left out when it is not allowed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overcommit: Option<bool>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -9,6 +9,7 @@ use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::MetadataExt;
 
 use super::region::HUGE_PAGE_BYTES;
 
@@ -79,6 +80,25 @@ fn new_file(result: i64) -> io::Result<File> {
     }
 }
 
+/// Gives pages of `file` back to the host: they read as zeros from now on.
+pub(super) fn punch(file: &File, offset: u64, length_bytes: u64) -> io::Result<()> {
+    let offset = i64::try_from(offset).map_err(io::Error::other)?;
+    let length = i64::try_from(length_bytes).map_err(io::Error::other)?;
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: the descriptor is open; the pages of every mapping stay valid and read as zeros from now on, which
+    // volatile accesses allow for as they do for the guest's writes.
+    if unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, length) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// What `file` costs the host at this moment, in bytes.
+pub(super) fn resident_bytes(file: &File) -> io::Result<u64> {
+    // st_blocks counts units of 512 bytes whatever the block size is (stat(2)).
+    Ok(file.metadata()?.blocks() * 512)
+}
+
 /// The memory that this host has in all, in bytes.
 pub(super) fn host_memory_bytes() -> io::Result<u64> {
     // SAFETY: all-zero bytes are a valid sysinfo, which has integers only.
@@ -92,7 +112,7 @@ pub(super) fn host_memory_bytes() -> io::Result<u64> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{FileExt, MetadataExt};
+    use std::os::unix::fs::FileExt;
 
     use super::*;
 

@@ -10,6 +10,14 @@ pub const LOW_RAM_END: u64 = 0xC000_0000;
 /// The first address above the 32-bit hole.
 pub const HIGH_RAM_START: u64 = 0x1_0000_0000;
 
+/// Memory that comes and goes at run time is a region that begins at a multiple of this, behind the RAM: a memory block
+/// of Linux, the least that it adds or removes.
+pub const RUNTIME_MEMORY_ALIGN_BYTES: u64 = 0x0800_0000;
+/// The same where the RAM is so large, from [`RUNTIME_MEMORY_LARGE_RAM_BYTES`] on, that Linux uses larger blocks.
+pub const RUNTIME_MEMORY_LARGE_ALIGN_BYTES: u64 = 0x8000_0000;
+/// From this much RAM on the region is aligned to [`RUNTIME_MEMORY_LARGE_ALIGN_BYTES`].
+pub const RUNTIME_MEMORY_LARGE_RAM_BYTES: u64 = 0x10_0000_0000;
+
 /// PCI segments of a VM: each has one bus with 31 usable slots, so that 64 NICs and as many disks find room.
 pub const SEGMENT_COUNT: u16 = 4;
 /// The 32-bit memory window of segment `n` begins at `MMIO_BASE + n * MMIO_SEGMENT_BYTES`.
@@ -106,6 +114,18 @@ pub const HIGH_MEMORY_START: u64 = 0x10_0000;
 /// The configuration-space address of `bdf` in its segment's ECAM.
 pub const fn ecam_address(bdf: Bdf) -> u64 {
     ECAM_BASE + bdf.segment() as u64 * ECAM_SEGMENT_BYTES + ((bdf.slot() as u64) << 15)
+}
+
+/// Where the region of runtime memory begins in a VM with `startup_bytes` of RAM: above the 32-bit hole, so that its
+/// place does not depend on how large it is.
+pub const fn runtime_memory_base(startup_bytes: u64) -> u64 {
+    let above_hole = startup_bytes.saturating_sub(LOW_RAM_END);
+    let align_bytes = if startup_bytes < RUNTIME_MEMORY_LARGE_RAM_BYTES {
+        RUNTIME_MEMORY_ALIGN_BYTES
+    } else {
+        RUNTIME_MEMORY_LARGE_ALIGN_BYTES
+    };
+    (HIGH_RAM_START + above_hole).next_multiple_of(align_bytes)
 }
 
 /// The memory window of `segment`.

@@ -10,14 +10,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
-use super::file::{host_memory_bytes, memory_file};
+use super::file::{host_memory_bytes, memory_file, punch, resident_bytes};
 use super::layout::{HIGH_RAM_START, LOW_RAM_END};
 use crate::machine::memslots::{Memslot, MemslotError, Memslots};
 
@@ -27,6 +25,8 @@ pub const RAM_MIN_BYTES: u64 = 64 << 20;
 pub const RAM_GRANULE_BYTES: u64 = 1 << 20;
 /// The size of a huge page; RAM made of them is a multiple of it.
 pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
+/// The size in bytes of a page of the others.
+pub(super) const PAGE_BYTES: u64 = 4096;
 
 /// How guest RAM is made.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -52,6 +52,7 @@ pub struct GuestRam {
     memory: Arc<GuestMemoryMmap>,
     file: Arc<File>,
     ranges: Vec<RamRange>,
+    huge_pages: bool,
 }
 
 /// Why RAM cannot be had.
@@ -136,6 +137,7 @@ impl GuestRam {
             memory: Arc::new(memory),
             file,
             ranges,
+            huge_pages: options.huge_pages,
         })
     }
 
@@ -164,22 +166,55 @@ impl GuestRam {
     /// # Errors
     /// The host's error.
     pub fn resident_bytes(&self) -> io::Result<u64> {
-        // st_blocks counts units of 512 bytes whatever the block size is (stat(2)).
-        Ok(self.file.metadata()?.blocks() * 512)
+        resident_bytes(&self.file)
     }
 
-    /// Makes the RAM all zero and gives it back to the host, as a power cycle does. Called while no vCPU runs and no
-    /// device uses it.
+    /// Makes the RAM all zero, as a power cycle does, and gives it back to the host, but for huge pages, which are kept:
+    /// a page that is given back is no longer reserved, and without one the guest's next access would kill this process.
+    /// Called while no vCPU runs and no device uses it.
     ///
     /// # Errors
     /// The host's error; the content is then unspecified.
     pub fn clear(&self) -> io::Result<()> {
-        let length = i64::try_from(self.size_bytes()).map_err(io::Error::other)?;
-        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        // SAFETY: the descriptor is our own; the pages of the mapping stay valid and read as zeros from now on, which
-        // volatile accesses allow for as they do for the guest's writes.
-        if unsafe { libc::fallocate(self.file.as_raw_fd(), mode, 0, length) } != 0 {
-            return Err(io::Error::last_os_error());
+        if self.huge_pages {
+            return self.write_zeros();
+        }
+        punch(&self.file, 0, self.size_bytes())
+    }
+
+    /// Gives the whole pages in `address..address + length_bytes` that are RAM back to the host: they read as zeros
+    /// until the guest writes to them again. Huge pages are kept, as in [`GuestRam::clear`]. The range may come from the
+    /// guest.
+    ///
+    /// # Errors
+    /// The host's error; a part may be given back.
+    pub fn discard(&self, address: u64, length_bytes: u64) -> io::Result<()> {
+        if self.huge_pages {
+            return Ok(());
+        }
+        let end = address.saturating_add(length_bytes);
+        for range in &self.ranges {
+            let start = address.max(range.guest_address);
+            let end = end.min(range.guest_address + range.size_bytes);
+            let start = start.next_multiple_of(PAGE_BYTES);
+            let end = end - end % PAGE_BYTES;
+            if start < end {
+                let offset = start - range.guest_address + range.file_offset;
+                punch(&self.file, offset, end - start)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_zeros(&self) -> io::Result<()> {
+        let zeros = vec![0; HUGE_PAGE_BYTES as usize];
+        for range in &self.ranges {
+            // RAM of huge pages is a multiple of them, and so is the end of the RAM below the hole.
+            for offset in (0..range.size_bytes).step_by(zeros.len()) {
+                let address = GuestAddress(range.guest_address + offset);
+                let written = self.memory.write_slice(&zeros, address);
+                written.map_err(io::Error::other)?;
+            }
         }
         Ok(())
     }
@@ -224,7 +259,11 @@ fn check(size_bytes: u64, options: RamOptions, address_bits: u32, host_bytes: u6
             host_bytes,
         });
     }
-    let end = guest_end(size_bytes);
+    check_end(size_bytes, guest_end(size_bytes), address_bits)
+}
+
+/// Checks that the guest can address memory of `size_bytes` up to `end`.
+pub(super) fn check_end(size_bytes: u64, end: u64, address_bits: u32) -> Result<(), RamError> {
     if address_bits < u64::BITS && end > 1 << address_bits {
         return Err(RamError::BeyondAddress {
             size_bytes,
@@ -263,7 +302,7 @@ fn split(size_bytes: u64) -> Vec<RamRange> {
 }
 
 /// Maps one piece of the file.
-fn map(file: &Arc<File>, range: RamRange, options: RamOptions) -> io::Result<GuestRegionMmap> {
+pub(super) fn map(file: &Arc<File>, range: RamRange, options: RamOptions) -> io::Result<GuestRegionMmap> {
     let length = usize::try_from(range.size_bytes).map_err(io::Error::other)?;
     // Huge pages are reserved by the mapping: without them, a guest's access would kill this process.
     let no_reserve = if options.huge_pages {

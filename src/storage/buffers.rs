@@ -86,7 +86,7 @@ impl GuestBuffers {
         self.pieces.iter().map(|piece| {
             self.memory
                 .get_slice(piece.address, piece.length_bytes)
-                .expect("checked when the buffers were made, and the regions of guest memory never change")
+                .expect("checked when the buffers were made, and this view of guest memory never changes")
         })
     }
 

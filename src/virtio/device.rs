@@ -9,7 +9,6 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use serde_json::Value;
-use vm_memory::GuestMemoryMmap;
 
 use super::queue_set::DeviceQueue;
 use crate::unit::{RestoreError, SaveError};
@@ -95,8 +94,6 @@ pub trait VirtioDevice: Any + Send {
 
 /// What a device is given when the driver is ready.
 pub struct Activation {
-    /// Guest memory.
-    pub memory: Arc<GuestMemoryMmap>,
     /// The features the driver accepted, a subset of those offered.
     pub driver_features: u64,
     /// The queues the driver enabled, in index order; a queue it left disabled is missing.

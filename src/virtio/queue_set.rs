@@ -10,7 +10,7 @@ use std::sync::atomic::{Ordering, fence};
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::desc::split::Descriptor as SplitDescriptor;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
 use super::device::{DeviceFault, VirtioInterrupt};
 
@@ -18,7 +18,7 @@ use super::device::{DeviceFault, VirtioInterrupt};
 pub struct DeviceQueue {
     index: u16,
     queue: Queue,
-    memory: Arc<GuestMemoryMmap>,
+    memory: GuestMemoryAtomic<GuestMemoryMmap>,
     interrupt: Arc<dyn VirtioInterrupt>,
     /// The used index up to which the driver was told or needed not to be told.
     signalled: Wrapping<u16>,
@@ -29,14 +29,14 @@ impl DeviceQueue {
     pub fn new(
         index: u16,
         queue: Queue,
-        memory: Arc<GuestMemoryMmap>,
+        memory: impl Into<GuestMemoryAtomic<GuestMemoryMmap>>,
         interrupt: Arc<dyn VirtioInterrupt>,
     ) -> Self {
         Self {
             index,
             signalled: Wrapping(queue.next_used()),
             queue,
-            memory,
+            memory: memory.into(),
             interrupt,
         }
     }
@@ -51,9 +51,10 @@ impl DeviceQueue {
         &self.queue
     }
 
-    /// Guest memory.
-    pub fn memory(&self) -> &Arc<GuestMemoryMmap> {
-        &self.memory
+    /// Guest memory as it is now. Memory that the guest gives back later stays mapped for as long as this is held, so a
+    /// request in flight keeps it and a device does not keep it longer.
+    pub fn memory(&self) -> Arc<GuestMemoryMmap> {
+        self.memory.memory().into_inner()
     }
 
     /// Takes the next available chain; `None` when the driver offers none.
@@ -66,7 +67,10 @@ impl DeviceQueue {
             queue_index,
             reason: error.to_string(),
         };
-        let mut available = self.queue.iter(self.memory.clone()).map_err(fault)?;
+        let mut available = self
+            .queue
+            .iter(self.memory.memory().into_inner())
+            .map_err(fault)?;
         Ok(available.next())
     }
 
@@ -83,7 +87,7 @@ impl DeviceQueue {
         // Checked here too, because `virtio-queue` logs each such head and a guest could fill the host's log with them.
         self.check_head(head_index)?;
         self.queue
-            .add_used(&*self.memory, head_index, length_bytes)
+            .add_used(&*self.memory.memory(), head_index, length_bytes)
             .map_err(|error| self.fault(&error))
     }
 
@@ -105,6 +109,7 @@ impl DeviceQueue {
             let entry = (u64::from(length_bytes) << 32 | u64::from(head_index)).to_le();
             let address = GuestAddress(self.queue.used_ring().wrapping_add(offset));
             self.memory
+                .memory()
                 .write_obj(entry, address)
                 .map_err(|error| self.fault(&error))?;
             next_used = next_used.wrapping_add(1);
@@ -146,6 +151,7 @@ impl DeviceQueue {
     fn available_u16(&self, offset: u64) -> Result<u16, DeviceFault> {
         let address = GuestAddress(self.queue.avail_ring().wrapping_add(offset));
         self.memory
+            .memory()
             .load::<u16>(address, Ordering::Relaxed)
             .map(u16::from_le)
             .map_err(|error| self.fault(&error))
@@ -163,7 +169,7 @@ impl DeviceQueue {
     /// [`DeviceFault::Queue`] when the ring is outside memory.
     pub fn disable_kicks(&mut self) -> Result<(), DeviceFault> {
         self.queue
-            .disable_notification(&*self.memory)
+            .disable_notification(&*self.memory.memory())
             .map_err(|error| self.fault(&error))
     }
 
@@ -173,7 +179,7 @@ impl DeviceQueue {
     /// [`DeviceFault::Queue`] when the ring is outside memory.
     pub fn enable_kicks(&mut self) -> Result<bool, DeviceFault> {
         self.queue
-            .enable_notification(&*self.memory)
+            .enable_notification(&*self.memory.memory())
             .map_err(|error| self.fault(&error))
     }
 

@@ -10,7 +10,7 @@ use crate::acpi::pvpanic::{PVPANIC_PORT, Pvpanic};
 use crate::acpi::tables::AcpiTables;
 use crate::boot::BootSource;
 use crate::bus::{Bus, BusClaim, BusDevice};
-use crate::config::{CONSOLE_BDF, DiskConfig, NicConfig, RNG_BDF, VmConfig};
+use crate::config::{BALLOON_BDF, CONSOLE_BDF, DiskConfig, MEM_BDF, NicConfig, RNG_BDF, VmConfig};
 use crate::event_loop::EventLoop;
 use crate::ids::{Bdf, UnitName};
 use crate::legacy::i8042::I8042;
@@ -24,11 +24,13 @@ use crate::machine::irqchip::{Irqchip, Pit};
 use crate::machine::kvm::{Kvm, KvmVm};
 use crate::machine::memslots::Memslots;
 use crate::machine::vcpu::{Buses, Vcpu};
+use crate::memory::host::HostMemory;
 use crate::memory::layout::{
     ACPI_REGISTERS_BASE, GED_GSI, HOTPLUG_OFFSET, I8042_COMMAND_PORT, RTC_PORT, SERIAL_GSI, SERIAL_PORT,
     SERIAL_PORT_COUNT,
 };
 use crate::memory::region::{GuestRam, RamOptions};
+use crate::memory::runtime::RuntimeMemory;
 use crate::pci::root::PciRoot;
 use crate::unit::Unit;
 use crate::virtio::block::Block;
@@ -39,18 +41,28 @@ use crate::virtio::transport::{TransportResources, VirtioPciDevice};
 use crate::vm::device_set::DeviceSet;
 use crate::vm::host::{HostDevices, HostPort};
 use crate::vm::mailbox::Mailbox;
+use crate::vm::memory_units::{MemoryUnits, new_runtime};
 use crate::vm::platform::{BuildError, Machine, Platform};
 use crate::vm::units::{KvmMachine, build_nic};
 
 /// Builds machines on this host's KVM, with devices that get their host side from `H`.
 pub struct KvmPlatform<H> {
     host: Arc<H>,
+    memory: HostMemory,
 }
 
 impl<H: HostDevices + 'static> KvmPlatform<H> {
-    /// Uses `host` for every machine built.
+    /// Uses `host` for every machine built. What the host can promise to its VMs is shared by the VMs of this platform.
     pub fn new(host: H) -> Self {
-        Self { host: Arc::new(host) }
+        Self::with_memory(host, HostMemory::default())
+    }
+
+    /// The same, with what the host can promise shared by all platforms that have a clone of `memory`.
+    pub fn with_memory(host: H, memory: HostMemory) -> Self {
+        Self {
+            host: Arc::new(host),
+            memory,
+        }
     }
 }
 
@@ -58,7 +70,11 @@ impl<H: HostDevices + 'static> Platform for KvmPlatform<H> {
     fn check(&self, config: &VmConfig) -> Result<(), BuildError> {
         let kvm = Kvm::open()?;
         check_vcpus(&kvm, config)?;
-        open_boot(config)?.check(&new_ram(&kvm, config)?)?;
+        let ram = new_ram(&kvm, config)?;
+        open_boot(config)?.check(&ram)?;
+        let memory = config.memory();
+        let runtime_bytes = memory.maximum_bytes - memory.startup_bytes;
+        RuntimeMemory::check(&ram, runtime_bytes, kvm.physical_address_bits())?;
         // All stay open until the end: the same image twice is in use, not free.
         let _disks = config
             .disks()
@@ -74,20 +90,31 @@ impl<H: HostDevices + 'static> Platform for KvmPlatform<H> {
     }
 
     fn build(&self, config: &VmConfig, mailbox: Mailbox) -> Result<Arc<dyn Machine>, BuildError> {
+        Ok(Arc::new(self.assemble(config, mailbox)?))
+    }
+}
+
+impl<H: HostDevices + 'static> KvmPlatform<H> {
+    /// Builds the machine as [`Platform::build`] does, for those who must know what it is made of.
+    pub(super) fn assemble(&self, config: &VmConfig, mailbox: Mailbox) -> Result<KvmMachine, BuildError> {
         let kvm = Kvm::open()?;
         check_vcpus(&kvm, config)?;
         let boot = open_boot(config)?;
-        let ram = new_ram(&kvm, config)?;
-        let mut assembly = Assembly::new(&kvm, ram, mailbox, self.host.clone())?;
+        let mut assembly = Assembly::new(&kvm, config, &self.memory, mailbox, self.host.clone())?;
         assembly.add_platform(self.serial_output()?)?;
         let entropy = |source| BuildError::Host {
             what: "its source of entropy",
             source,
         };
-        assembly.add_virtio(rng_name(), RNG_BDF, Box::new(Rng::new().map_err(entropy)?))?;
+        assembly.add_virtio(
+            platform_name("rng"),
+            RNG_BDF,
+            Box::new(Rng::new().map_err(entropy)?),
+        )?;
         if let Some(console) = self.console()? {
-            assembly.add_virtio(console_name(), CONSOLE_BDF, Box::new(console))?;
+            assembly.add_virtio(platform_name("console"), CONSOLE_BDF, Box::new(console))?;
         }
+        assembly.add_memory(config)?;
         for disk in config.disks() {
             let eventfd = |source| BuildError::Host {
                 what: "an eventfd for a disk",
@@ -102,9 +129,7 @@ impl<H: HostDevices + 'static> Platform for KvmPlatform<H> {
         }
         assembly.finish(config.cpu_count(), boot)
     }
-}
 
-impl<H: HostDevices + 'static> KvmPlatform<H> {
     fn serial_output(&self) -> Result<Box<dyn std::io::Write + Send>, BuildError> {
         let output = self.host.serial_output();
         output.map_err(|source| BuildError::Host {
@@ -192,18 +217,15 @@ fn queue_count(config: &VmConfig) -> u16 {
     config.cpu_count().clamp(1, 4).into()
 }
 
-fn rng_name() -> UnitName {
-    UnitName::new("rng").expect("a short name")
-}
-
-fn console_name() -> UnitName {
-    UnitName::new("console").expect("a short name")
+fn platform_name(name: &'static str) -> UnitName {
+    UnitName::new(name).expect("a short name")
 }
 
 /// A machine that is being built.
 struct Assembly {
     vm: Arc<KvmVm>,
-    ram: GuestRam,
+    memory: MemoryUnits,
+    ram: Arc<GuestRam>,
     memslots: Vec<crate::machine::memslots::Memslot>,
     buses: Buses,
     gsi: GsiTable,
@@ -222,25 +244,33 @@ struct Assembly {
 impl Assembly {
     fn new(
         kvm: &Kvm,
-        ram: GuestRam,
+        config: &VmConfig,
+        host_memory: &HostMemory,
         mailbox: Mailbox,
         host: Arc<dyn HostDevices>,
     ) -> Result<Self, BuildError> {
         let vm = kvm.create_vm()?;
-        let memslots = ram.plug_in(&Memslots::new(vm.clone(), kvm.memslot_count_max()))?;
+        let ram = Arc::new(new_ram(kvm, config)?);
+        let all_memslots = Memslots::new(vm.clone(), kvm.memslot_count_max());
+        let memslots = ram.plug_in(&all_memslots)?;
+        let runtime = new_runtime(config, &ram, kvm.physical_address_bits(), all_memslots)?;
+        let memory = match &runtime {
+            Some(runtime) => runtime.memory().clone(),
+            None => ram.memory().clone().into(),
+        };
         let gsi = GsiTable::new(vm.clone());
         gsi.install()?;
         let buses = Buses {
             pio: Bus::new(),
             mmio: Bus::new(),
         };
-        let event_loop = EventLoop::start("vm-devices")?;
+        let event_loop = EventLoop::start("vm-devices", Arc::new(mailbox.clone()))?;
         let resources = TransportResources {
             mmio: buses.mmio.clone(),
             gsi: gsi.clone(),
             ioevents: IoEvents::new(vm.clone()),
             event_loop: event_loop.handle(),
-            memory: ram.memory().clone(),
+            memory,
             listener: Arc::new(mailbox.clone()),
         };
         let mmio = buses.mmio.clone();
@@ -256,6 +286,7 @@ impl Assembly {
         ];
         Ok(Self {
             vm,
+            memory: MemoryUnits::new(config, host_memory, ram.clone(), runtime, mailbox.clone()),
             ram,
             memslots,
             buses,
@@ -310,10 +341,23 @@ impl Assembly {
         name: UnitName,
         bdf: Bdf,
         device: Box<dyn VirtioDevice>,
-    ) -> Result<(), BuildError> {
+    ) -> Result<Arc<VirtioPciDevice>, BuildError> {
         let reserved = self.pci.reserve(bdf)?;
         let device = VirtioPciDevice::new(device, name, bdf, self.resources.clone())?;
-        self.devices.add_fixed(reserved, device);
+        self.devices.add_fixed(reserved, device.clone());
+        Ok(device)
+    }
+
+    /// The devices that change the guest's memory, where the configuration lets it change.
+    fn add_memory(&mut self, config: &VmConfig) -> Result<(), BuildError> {
+        if let Some(mem) = self.memory.new_mem()? {
+            let device = self.add_virtio(platform_name("mem"), MEM_BDF, Box::new(mem))?;
+            self.memory.set_mem(device);
+        }
+        if let Some(balloon) = self.memory.new_balloon(config)? {
+            let device = self.add_virtio(platform_name("balloon"), BALLOON_BDF, Box::new(balloon))?;
+            self.memory.set_balloon(device);
+        }
         Ok(())
     }
 
@@ -325,7 +369,7 @@ impl Assembly {
         Ok(())
     }
 
-    fn finish(self, cpu_count: u8, boot: BootSource) -> Result<Arc<dyn Machine>, BuildError> {
+    fn finish(self, cpu_count: u8, boot: BootSource) -> Result<KvmMachine, BuildError> {
         let listener = Arc::new(self.mailbox.clone());
         let count = u32::from(cpu_count);
         let mut vcpus = Vec::with_capacity(cpu_count.into());
@@ -350,10 +394,11 @@ impl Assembly {
             acpi: self.acpi,
             tables: AcpiTables::new(cpu_count),
             boot,
+            memory: self.memory,
             ram: self.ram,
             memslots: self.memslots,
         };
         machine.load()?;
-        Ok(Arc::new(machine))
+        Ok(machine)
     }
 }

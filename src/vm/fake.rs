@@ -10,8 +10,11 @@ use serde_json::{Value, json};
 use crate::config::{NicConfig, VmConfig};
 use crate::event::EndCause;
 use crate::ids::{Bdf, NicName, UnitName};
+use crate::memory::host::HostMemoryError;
 use crate::unit::{PauseTicket, PowerListener, PowerRequest, UnitListener};
 use crate::vm::mailbox::Mailbox;
+use crate::vm::memory::machine::{MachineMemory, Observed};
+use crate::vm::memory::plan::Plan;
 use crate::vm::platform::{BuildError, DeviceStatus, Machine, Platform};
 
 /// Makes machines without a guest.
@@ -33,10 +36,43 @@ struct Behaviour {
     refuses_reset: bool,
     obeys_button: bool,
     alive_count: usize,
+    memory: FakeMemory,
     refuses_nics: bool,
     takes_nics: bool,
     releases_nics: bool,
     nics: BTreeMap<Bdf, NicConfig>,
+}
+
+/// The memory of a guest that is not there.
+#[derive(Debug, Clone)]
+pub struct FakeMemory {
+    /// What the guest has.
+    pub now: Observed,
+    /// Whether it does at once what it is asked for.
+    pub obeys: bool,
+    /// Whether it tells its total when it is asked.
+    pub tells: bool,
+    /// Whether the host refuses to promise more.
+    pub host_refuses: bool,
+    /// What the host promised last, in bytes.
+    pub promised_bytes: u64,
+}
+
+impl Default for FakeMemory {
+    fn default() -> Self {
+        let now = Observed {
+            mem_driver: true,
+            balloon_driver: true,
+            ..Observed::default()
+        };
+        Self {
+            now,
+            obeys: true,
+            tells: true,
+            host_refuses: false,
+            promised_bytes: 0,
+        }
+    }
 }
 
 struct FakeMachine {
@@ -77,6 +113,17 @@ impl FakeControl {
     /// Whether the guest switches itself off when the power button is pressed.
     pub fn obey_button(&self, obeys: bool) {
         self.lock().obeys_button = obeys;
+    }
+
+    /// What the guest does when its memory is to change.
+    pub fn memory(&self, change: impl FnOnce(&mut FakeMemory)) {
+        let mut behaviour = self.behaviour.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut behaviour.memory);
+        let mailbox = behaviour.mailbox.clone();
+        drop(behaviour);
+        if let Some(mailbox) = mailbox {
+            mailbox.memory_changed();
+        }
     }
 
     /// The number of machines that exist.
@@ -154,6 +201,7 @@ impl Platform for FakePlatform {
         }
         behaviour.mailbox = Some(mailbox.clone());
         behaviour.alive_count += 1;
+        behaviour.memory.power_on();
         behaviour.nics = config.nics().iter().map(|nic| (nic.bdf, nic.clone())).collect();
         Ok(Arc::new(FakeMachine {
             vcpu_count: config.cpu_count().into(),
@@ -181,9 +229,11 @@ impl Machine for FakeMachine {
     fn resume_units(&self) {}
 
     fn reset(&self) -> Result<(), BuildError> {
-        if self.control.lock().refuses_reset {
+        let mut behaviour = self.control.lock();
+        if behaviour.refuses_reset {
             Err(refused("the kernel file"))
         } else {
+            behaviour.memory.power_on();
             Ok(())
         }
     }
@@ -196,6 +246,10 @@ impl Machine for FakeMachine {
     }
 
     fn tear_down(&self) {}
+
+    fn memory(&self) -> &dyn MachineMemory {
+        self
+    }
 
     fn add_nic(&self, nic: &NicConfig) -> Result<(), BuildError> {
         let mut behaviour = self.control.lock();
@@ -248,6 +302,58 @@ impl Machine for FakeMachine {
 
     fn inspect(&self) -> Value {
         json!({ "fake": true })
+    }
+}
+
+impl FakeMemory {
+    fn power_on(&mut self) {
+        self.now.plugged_bytes = 0;
+        self.now.ballooned_bytes = 0;
+    }
+}
+
+impl MachineMemory for FakeMachine {
+    fn observe(&self) -> Observed {
+        self.control.lock().memory.now
+    }
+
+    fn promise(&self, bytes: u64, unchecked: bool) -> Result<(), HostMemoryError> {
+        let mut behaviour = self.control.lock();
+        let memory = &mut behaviour.memory;
+        if memory.host_refuses && !unchecked && bytes > memory.promised_bytes {
+            return Err(HostMemoryError::Unavailable {
+                need_bytes: bytes,
+                available_bytes: memory.promised_bytes,
+            });
+        }
+        memory.promised_bytes = bytes;
+        Ok(())
+    }
+
+    fn request(&self, plan: &Plan) {
+        let mut behaviour = self.control.lock();
+        let memory = &mut behaviour.memory;
+        if memory.obeys && !plan.is_reached(&memory.now) {
+            memory.now.plugged_bytes = plan.plugged_bytes;
+            memory.now.ballooned_bytes = plan.ballooned_bytes;
+            self.mailbox.memory_changed();
+        }
+    }
+
+    fn ask_guest_total(&self) -> bool {
+        let mut driver = false;
+        self.control.memory(|memory| {
+            driver = memory.now.balloon_driver;
+            if driver && memory.tells {
+                memory.now.told_count += 1;
+                memory.now.guest_total_bytes = Some(memory.now.plugged_bytes);
+            }
+        });
+        driver
+    }
+
+    fn resident_bytes(&self) -> u64 {
+        0
     }
 }
 

@@ -9,15 +9,18 @@
 
 use std::collections::VecDeque;
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use crate::event::EndCause;
+use crate::event_loop::LoopListener;
 use crate::ids::{Bdf, UnitName};
+use crate::machine::vcpu::{VcpuExitReason, VcpuListener};
 use crate::unit::{PowerListener, PowerRequest, UnitListener};
 use crate::vm::error::RequestError;
 use crate::vm::operation::{Operation, OperationKind};
 use crate::vm::platform::{BuildError, Machine};
+use crate::vm::shared::Shared;
 use crate::vm::supervisor::Supervisor;
 
 /// What arrives in the mailbox.
@@ -49,7 +52,8 @@ pub(super) struct Request {
 pub(super) enum Report {
     Built(Result<Arc<dyn Machine>, BuildError>),
     VcpuParked,
-    VcpuEnded {
+    /// The guest cannot go on.
+    Ended {
         cause: EndCause,
     },
     UnitsQuiet,
@@ -71,6 +75,8 @@ pub(super) enum Notice {
         unit: UnitName,
         reason: String,
     },
+    /// What the guest has of its memory changed, or it told of it; the machine tells what.
+    Memory,
     /// The guest let go of the device at `bdf`.
     Ejected {
         bdf: Bdf,
@@ -84,9 +90,14 @@ impl Notice {
             (Self::Power(request), Self::Power(other)) => request == other,
             (Self::DriverReady { unit, .. }, Self::DriverReady { unit: other, .. })
             | (Self::NeedsReset { unit, .. }, Self::NeedsReset { unit: other, .. }) => unit == other,
+            (Self::Memory, Self::Memory) => true,
             (Self::Ejected { bdf }, Self::Ejected { bdf: other }) => bdf == other,
             (
-                Self::Power(_) | Self::DriverReady { .. } | Self::NeedsReset { .. } | Self::Ejected { .. },
+                Self::Power(_)
+                | Self::Memory
+                | Self::DriverReady { .. }
+                | Self::NeedsReset { .. }
+                | Self::Ejected { .. },
                 _,
             ) => false,
         }
@@ -131,14 +142,29 @@ pub struct Mailbox {
     sender: Sender<Message>,
     generation: u64,
     notices: Arc<Notices>,
+    /// Not kept alive: events end with the VM's handles and its supervisor.
+    shared: Weak<Shared>,
 }
 
 impl Mailbox {
-    pub(super) fn new(sender: Sender<Message>, generation: u64, notices: Arc<Notices>) -> Self {
+    pub(super) fn new(
+        sender: Sender<Message>,
+        generation: u64,
+        notices: Arc<Notices>,
+        shared: Weak<Shared>,
+    ) -> Self {
         Self {
             sender,
             generation,
             notices,
+            shared,
+        }
+    }
+
+    /// Makes the calling thread one of the VM's own.
+    fn own_thread(&self) {
+        if let Some(shared) = self.shared.upgrade() {
+            shared.own_thread();
         }
     }
 
@@ -154,6 +180,11 @@ impl Mailbox {
         });
     }
 
+    /// What the guest has of its memory changed, or it told of it.
+    pub fn memory_changed(&self) {
+        self.notice(Notice::Memory);
+    }
+
     /// A vCPU that was told to park stands still now.
     pub fn vcpu_parked(&self) {
         self.report(Report::VcpuParked);
@@ -161,7 +192,7 @@ impl Mailbox {
 
     /// A vCPU ended by itself and will not run again.
     pub fn vcpu_ended(&self, cause: EndCause) {
-        self.report(Report::VcpuEnded { cause });
+        self.report(Report::Ended { cause });
     }
 
     /// The guest let go of the device at `bdf`.
@@ -173,6 +204,38 @@ impl Mailbox {
 impl PowerListener for Mailbox {
     fn power_request(&self, request: PowerRequest) {
         self.notice(Notice::Power(request));
+    }
+}
+
+impl VcpuListener for Mailbox {
+    fn started(&self, _vcpu: u32) {
+        self.own_thread();
+    }
+
+    fn parked(&self, _vcpu: u32) {
+        self.vcpu_parked();
+    }
+
+    fn exited(&self, vcpu: u32, reason: VcpuExitReason) {
+        self.vcpu_ended(match reason {
+            VcpuExitReason::Shutdown => EndCause::TripleFault,
+            reason => EndCause::VcpuError {
+                vcpu,
+                reason: reason.to_string(),
+            },
+        });
+    }
+}
+
+impl LoopListener for Mailbox {
+    fn loop_started(&self) {
+        self.own_thread();
+    }
+
+    fn loop_failed(&self, words: &str) {
+        let reason = words.chars().take(200).collect();
+        let cause = EndCause::DeviceError { reason };
+        self.report(Report::Ended { cause });
     }
 }
 
@@ -208,7 +271,7 @@ mod tests {
     fn a_flood_is_bounded_and_its_last_word_is_heard_behind_what_others_said() {
         let (sender, receiver) = channel();
         let notices = Arc::new(Notices::default());
-        let mailbox = Mailbox::new(sender, 1, notices.clone());
+        let mailbox = Mailbox::new(sender, 1, notices.clone(), Weak::new());
         mailbox.needs_reset(&unit("disk"), "first");
         for round in 0..100_000 {
             mailbox.driver_ready(&unit("net"), round % 2 == 0);

@@ -11,6 +11,8 @@ mod error;
 pub mod fake;
 pub mod host;
 mod mailbox;
+pub mod memory;
+mod memory_units;
 pub mod nic;
 pub mod operation;
 mod ops;
@@ -49,8 +51,8 @@ use crate::vm::supervisor::Supervisor;
 /// When the last clone is dropped the guest's power is cut and everything the VM holds is given back before `drop`
 /// returns. The process never exits or panics on behalf of a guest.
 ///
-/// A handle that the VM's own host devices hold keeps the VM alive until its guest ends; let them hold none, or one
-/// that they do not drop while the guest calls them. When the last handle goes with them, nobody waits.
+/// A handle that the VM's own host devices hold keeps the VM alive until its guest ends or they drop it. When the last
+/// handle goes with them, on a thread of the VM, `drop` does not wait.
 #[derive(Clone)]
 pub struct Vm {
     inner: Arc<Inner>,
@@ -104,7 +106,7 @@ impl Vm {
     /// [`CreateError`].
     pub fn new(config: VmConfig, platform: Arc<dyn Platform>) -> Result<Self, CreateError> {
         platform.check(&config)?;
-        Self::spawn(config, platform, None)
+        Self::spawn(config, platform, |_| Ok(None))
     }
 
     /// Makes a VM whose configuration is kept in the directory `dir`, which is created if it is missing.
@@ -113,8 +115,7 @@ impl Vm {
     /// [`CreateError`], also when `dir` holds a VM already or is in use by another process.
     pub fn create(dir: &Path, config: VmConfig, platform: Arc<dyn Platform>) -> Result<Self, CreateError> {
         platform.check(&config)?;
-        let state_dir = StateDir::create(dir, &config)?;
-        Self::spawn(config, platform, Some(state_dir))
+        Self::spawn(config, platform, |config| StateDir::create(dir, config).map(Some))
     }
 
     /// Opens the VM that is kept in the directory `dir`. The VM is Off; the host is checked when it is started.
@@ -123,21 +124,31 @@ impl Vm {
     /// [`CreateError::StateDir`] when there is no VM, its document is damaged or it is in use by another process.
     pub fn open(dir: &Path, platform: Arc<dyn Platform>) -> Result<Self, CreateError> {
         let (state_dir, config) = StateDir::open(dir)?;
-        Self::spawn(config, platform, Some(state_dir))
+        Self::spawn(config, platform, |_| Ok(Some(state_dir)))
     }
 
+    /// Starts the supervisor with the directory of `make_dir`, which is called when nothing else can fail.
     fn spawn(
         config: VmConfig,
         platform: Arc<dyn Platform>,
-        state_dir: Option<StateDir>,
+        make_dir: impl FnOnce(&VmConfig) -> Result<Option<StateDir>, StateDirError>,
     ) -> Result<Self, CreateError> {
         let shared = Arc::new(Shared::new(Arc::new(config)));
         let (sender, receiver) = channel();
-        let supervisor = Supervisor::new(shared.clone(), platform, state_dir, sender.clone());
+        let (begin, begun) = channel::<Supervisor>();
+        let supervise = move || {
+            // Without a directory there is no supervisor and nothing to do.
+            if let Ok(supervisor) = begun.recv() {
+                supervisor.run(&receiver);
+            }
+        };
         let thread = std::thread::Builder::new()
             .name("vm-supervisor".to_owned())
-            .spawn(move || supervisor.run(&receiver))
+            .spawn(supervise)
             .map_err(CreateError::Thread)?;
+        let state_dir = make_dir(&shared.config())?;
+        let supervisor = Supervisor::new(shared.clone(), platform, state_dir, sender.clone());
+        begin.send(supervisor).expect("the thread waits for it");
         let inner = Inner {
             shared,
             mailbox: sender,
@@ -304,7 +315,8 @@ impl Drop for Inner {
     fn drop(&mut self) {
         // When the supervisor is gone already there is nothing left to stop.
         let _ = self.mailbox.send(Message::HandlesGone);
-        // The embedder's host devices may hold the last handle, which then goes with the machine on a worker.
+        // The embedder's host devices may hold the last handle, which then goes with the machine on a worker, or while
+        // the guest calls them on a vCPU's thread or the event loop's.
         if self.shared.is_own_thread() {
             return;
         }
@@ -326,3 +338,6 @@ mod nic_tests;
 
 #[cfg(test)]
 mod nic_sequences;
+
+#[cfg(test)]
+mod whole_guest_tests;

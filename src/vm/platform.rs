@@ -19,9 +19,13 @@ use crate::pci::root::PciRootError;
 use crate::pci::slots::SlotError;
 use crate::storage::OpenError;
 use crate::unit::PauseTicket;
+use crate::virtio::balloon::BalloonError;
 use crate::virtio::console::{ConnectError, ConsoleError};
+use crate::virtio::mem::MemError;
 use crate::virtio::net::NetError;
 use crate::virtio::transport::TransportError;
+use crate::vm::memory::machine::MachineMemory;
+
 pub use crate::vm::mailbox::Mailbox;
 
 /// Makes machines.
@@ -69,6 +73,9 @@ pub trait Machine: Send + Sync {
 
     /// Tells every vCPU to stop for good. Dropping the machine afterwards waits for their threads.
     fn tear_down(&self);
+
+    /// The guest's memory, as far as it changes at run time.
+    fn memory(&self) -> &dyn MachineMemory;
 
     /// Adds a network card; the guest could see it when it is whole, but is not told. Called on a worker thread, may
     /// wait for the host.
@@ -119,6 +126,12 @@ pub enum BuildError {
     /// The host's KVM has no room for that many vCPUs.
     #[error("{count} vcpus exceed the host's maximum of {count_max}")]
     Vcpus { count: u32, count_max: u32 },
+    /// The memory device cannot be made.
+    #[error(transparent)]
+    Mem(#[from] MemError),
+    /// The balloon cannot be made.
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
     /// A vCPU cannot be made.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),

@@ -11,7 +11,7 @@ use crate::state::State;
 use crate::vm::operation::OperationKind;
 
 thread_local! {
-    /// The VM whose supervisor or worker this thread is; null for every other thread. Only compared.
+    /// The VM that this thread belongs to; null for every other thread. Only compared.
     static OWNER: Cell<*const Shared> = const { Cell::new(ptr::null()) };
 }
 
@@ -48,7 +48,8 @@ impl Shared {
         OWNER.set(self);
     }
 
-    /// Whether the calling thread is this VM's supervisor or one of its workers, for which the supervisor waits.
+    /// Whether the calling thread is this VM's supervisor, or one for which the supervisor waits: a worker, a vCPU's, the
+    /// device event loop's.
     pub fn is_own_thread(&self) -> bool {
         ptr::eq(OWNER.get(), self)
     }

@@ -18,7 +18,8 @@ use crate::vm::cards::Cards;
 use crate::vm::error::RequestError;
 use crate::vm::mailbox::{Mailbox, Message, Notice, Notices, Report, Request};
 use crate::vm::operation::{Ended, Operation, OperationKind, Outcome};
-use crate::vm::ops::{self, nic, power};
+use crate::vm::ops::memory::MemoryWork;
+use crate::vm::ops::{self, memory, nic, power};
 use crate::vm::platform::{Machine, Platform};
 use crate::vm::shared::Shared;
 use crate::vm::transition::{Next, Trigger, may_begin, next};
@@ -42,6 +43,8 @@ pub(super) struct Supervisor {
     pub(super) works: Works,
     /// The directory that keeps the configuration; locked for as long as the supervisor lives.
     pub(super) state_dir: Option<Arc<StateDir>>,
+    /// What is asked of the guest's memory.
+    pub(super) memory: MemoryWork,
     /// The network cards of the machine.
     pub(super) cards: Cards,
     /// When which operation that goes on beside others has had its time.
@@ -89,6 +92,7 @@ impl Supervisor {
             worker: None,
             works: Works::new(sender.clone()),
             state_dir: state_dir.map(Arc::new),
+            memory: MemoryWork::default(),
             cards: Cards::default(),
             deadlines: BTreeSet::new(),
             end_cause: None,
@@ -188,7 +192,7 @@ impl Supervisor {
         match report {
             Report::Built(result) => power::built(self, result),
             Report::VcpuParked => power::vcpu_parked(self),
-            Report::VcpuEnded { cause } => power::guest_off(self, cause),
+            Report::Ended { cause } => power::guest_off(self, cause),
             Report::UnitsQuiet => power::units_quiet(self),
             Report::ResetDone(result) => power::reset_done(self, result),
             Report::TornDown => power::torn_down(self),
@@ -203,6 +207,7 @@ impl Supervisor {
     fn notice(&mut self, notice: Notice) {
         match notice {
             Notice::Power(request) => power::guest_request(self, request),
+            Notice::Memory => memory::look(self),
             Notice::DriverReady { unit, ready } => {
                 nic::driver_ready(self, &unit, ready);
                 self.publish(EventKind::DriverReady { unit, ready });
@@ -240,9 +245,15 @@ impl Supervisor {
         Operation::begin(id, kind)
     }
 
+    /// Gives an operation that goes on beside others until `deadline`.
+    pub(super) fn put_off(&mut self, id: OperationId, deadline: Option<Instant>) {
+        self.deadlines.retain(|(_, other)| *other != id);
+        self.deadlines.extend(deadline.map(|deadline| (deadline, id)));
+    }
+
     /// Ends an operation that goes on beside others: first the event, then the waiting callers.
     pub(super) fn end_beside<O: Ended>(&mut self, operation: &Operation<O>, outcome: O) {
-        self.deadlines.retain(|(_, id)| *id != operation.id());
+        self.put_off(operation.id(), None);
         self.publish_end(operation, &outcome);
         operation.end(outcome);
     }
@@ -326,7 +337,12 @@ impl Supervisor {
 
     /// The mailbox for the present generation.
     pub(super) fn mailbox(&self) -> Mailbox {
-        Mailbox::new(self.sender.clone(), self.generation, self.notices.clone())
+        Mailbox::new(
+            self.sender.clone(),
+            self.generation,
+            self.notices.clone(),
+            Arc::downgrade(&self.shared),
+        )
     }
 }
 

@@ -14,11 +14,10 @@ use crate::acpi::tables::AcpiTables;
 use crate::boot::BootSource;
 use crate::bus::BusClaim;
 use crate::config::NicConfig;
-use crate::event::EndCause;
 use crate::event_loop::EventLoop;
 use crate::ids::{Bdf, NicName, UnitName};
 use crate::machine::memslots::Memslot;
-use crate::machine::vcpu::{Vcpu, VcpuExitReason, VcpuListener};
+use crate::machine::vcpu::Vcpu;
 use crate::memory::layout::ACPI_TABLES_BASE;
 use crate::memory::region::GuestRam;
 use crate::pci::root::PciRoot;
@@ -28,6 +27,8 @@ use crate::virtio::transport::{TransportResources, VirtioPciDevice};
 use crate::vm::device_set::DeviceSet;
 use crate::vm::host::HostDevices;
 use crate::vm::mailbox::Mailbox;
+use crate::vm::memory::machine::MachineMemory;
+use crate::vm::memory_units::MemoryUnits;
 use crate::vm::platform::{BuildError, DeviceStatus, Machine};
 
 /// A machine on KVM, as `builder.rs` makes it.
@@ -45,7 +46,8 @@ pub(super) struct KvmMachine {
     pub acpi: Arc<AcpiDevice>,
     pub tables: AcpiTables,
     pub boot: BootSource,
-    pub ram: GuestRam,
+    pub memory: MemoryUnits,
+    pub ram: Arc<GuestRam>,
     pub memslots: Vec<Memslot>,
 }
 
@@ -111,7 +113,7 @@ impl Machine for KvmMachine {
 
     fn reset(&self) -> Result<(), BuildError> {
         self.with_units(None, |units| units.iter().for_each(|unit| unit.reset()));
-        self.ram.clear().map_err(|source| BuildError::Host {
+        self.memory.reset().map_err(|source| BuildError::Host {
             what: "to clear the guest's memory",
             source,
         })?;
@@ -124,6 +126,10 @@ impl Machine for KvmMachine {
 
     fn tear_down(&self) {
         self.vcpus.iter().for_each(Vcpu::stop);
+    }
+
+    fn memory(&self) -> &dyn MachineMemory {
+        &self.memory
     }
 
     fn add_nic(&self, nic: &NicConfig) -> Result<(), BuildError> {
@@ -166,6 +172,7 @@ impl Machine for KvmMachine {
         let units: serde_json::Map<_, _> = self.with_units(None, |units| units.iter().map(inspect).collect());
         json!({
             "units": units,
+            "runtime": self.memory.inspect(),
             "ram": { "size_bytes": self.ram.size_bytes(), "resident_bytes": self.ram.resident_bytes().ok() },
             "memslot_count": self.memslots.len(),
             "msi_count": self.resources.gsi.msi_count(),
@@ -195,21 +202,5 @@ pub(super) fn build_nic(
 impl SlotListener for Mailbox {
     fn ejected(&self, bdf: Bdf) {
         Mailbox::ejected(self, bdf);
-    }
-}
-
-impl VcpuListener for Mailbox {
-    fn parked(&self, _vcpu: u32) {
-        self.vcpu_parked();
-    }
-
-    fn exited(&self, vcpu: u32, reason: VcpuExitReason) {
-        self.vcpu_ended(match reason {
-            VcpuExitReason::Shutdown => EndCause::TripleFault,
-            reason => EndCause::VcpuError {
-                vcpu,
-                reason: reason.to_string(),
-            },
-        });
     }
 }

@@ -10,6 +10,7 @@ use libtest_mimic::Failed;
 use vm_lifecycle::config::{VmConfig, VmConfigBuilder};
 use vm_lifecycle::event::{EndCause, EventKind, EventStream};
 use vm_lifecycle::ids::PortName;
+use vm_lifecycle::memory::host::HostMemory;
 use vm_lifecycle::state::State;
 use vm_lifecycle::vm::RequestError;
 use vm_lifecycle::vm::Vm;
@@ -130,8 +131,14 @@ impl Guest {
 
     /// Makes the VM of `builder` and leaves it off.
     pub fn make(builder: VmConfigBuilder) -> Result<Self, Failed> {
+        Self::make_sharing(builder, HostMemory::default())
+    }
+
+    /// The same, of a VM that shares what the host can promise with others.
+    pub fn make_sharing(builder: VmConfigBuilder, memory: HostMemory) -> Result<Self, Failed> {
         let host = TestHost::default();
-        let vm = Vm::new(builder.build()?, Arc::new(KvmPlatform::new(host.clone())))?;
+        let platform = KvmPlatform::with_memory(host.clone(), memory);
+        let vm = Vm::new(builder.build()?, Arc::new(platform))?;
         let events = vm.events();
         Ok(Self { vm, host, events })
     }
@@ -139,9 +146,15 @@ impl Guest {
     /// Makes and starts the VM of `builder` and waits until its init serves commands.
     pub fn boot(builder: VmConfigBuilder) -> Result<(Self, GuestShell), Failed> {
         let guest = Self::start(builder)?;
-        match guest.host.shell() {
-            Ok(shell) => Ok((guest, shell)),
-            Err(error) => Err(format!("{error:?}\n{:#}", guest.vm.inspect()?).into()),
+        let shell = guest.shell()?;
+        Ok((guest, shell))
+    }
+
+    /// Waits until the init of the guest that was started last serves commands.
+    pub fn shell(&self) -> Result<GuestShell, Failed> {
+        match self.host.shell() {
+            Ok(shell) => Ok(shell),
+            Err(error) => Err(format!("{error:?}\n{:#}", self.vm.inspect()?).into()),
         }
     }
 

@@ -10,17 +10,22 @@ mod harness;
 mod basics;
 mod block;
 mod boot;
+mod debian;
+mod embedder;
 mod guest;
 mod guest_image;
 mod hostile;
 mod hotplug;
+mod huge_pages;
 mod journal;
 mod labels;
 mod lifecycle;
+mod memory;
 mod net;
 mod nic;
 mod nic_cycles;
 mod programs;
+mod vmm;
 
 use std::process::ExitCode;
 
@@ -41,11 +46,15 @@ fn main() -> ExitCode {
         lifecycle::trials(),
         block::trials(),
         net::trials(),
+        memory::trials(),
         hotplug::trials(),
         nic::trials(),
         nic_cycles::trials(),
         labels::trials(),
         hostile::trials(),
+        embedder::trials(),
+        debian::trials(),
+        huge_pages::trials(),
         programs::trials(),
     ]
     .into_iter()

@@ -1,10 +1,9 @@
 //! The example programs, as their users run them.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
 use std::net::Ipv4Addr;
-use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::path::Path;
+use std::process::{Command, Stdio};
 
 use libtest_mimic::Failed;
 use serde_json::Value;
@@ -12,10 +11,20 @@ use serde_json::Value;
 use crate::Body;
 use crate::harness::artefacts::{Flavour, GuestKernel, INIT_REACHED};
 use crate::harness::tap::Tap;
+use crate::vmm::{Places, Vmm, example};
 
 /// The trials of this file.
 pub fn trials() -> Vec<Body> {
     vec![
+        Body::new("programs::vmm_resizes_memory", vmm_resizes_memory),
+        Body::new(
+            "programs::vmm_shrinks_the_memory_of_an_old_vm",
+            vmm_shrinks_an_old_vm,
+        ),
+        Body::new(
+            "programs::the_resize_example_keeps_its_word",
+            the_resize_example_keeps_its_word,
+        ),
         Body::new(
             "programs::boot_shows_the_console_and_ends_with_the_guest",
             boot_ends_with_the_guest,
@@ -38,21 +47,6 @@ pub fn trials() -> Vec<Body> {
             vmm_names_what_is_wrong,
         ),
     ]
-}
-
-/// The program of an example, beside this test's own.
-fn example(name: &str) -> Result<PathBuf, Failed> {
-    let test = std::env::current_exe()?;
-    let folder = test
-        .parent()
-        .and_then(Path::parent)
-        .ok_or("a test lies in target/PROFILE/deps")?;
-    let program = folder.join("examples").join(name);
-    if program.exists() {
-        Ok(program)
-    } else {
-        Err(format!("{} is not built", program.display()).into())
-    }
 }
 
 fn boot_ends_with_the_guest() -> Result<(), Failed> {
@@ -110,105 +104,6 @@ fn many_vms_leave_nothing_behind() -> Result<(), Failed> {
         "{said}\n{errors}"
     );
     Ok(())
-}
-
-/// A running `vmm` and the words it exchanges.
-struct Vmm {
-    child: Child,
-    input: ChildStdin,
-    output: BufReader<ChildStdout>,
-    events: Vec<Value>,
-}
-
-impl Vmm {
-    fn start(arguments: &[&str]) -> Result<Self, Failed> {
-        let mut command = Command::new(example("vmm")?);
-        let mut child = command
-            .args(arguments)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()?;
-        let input = child.stdin.take().ok_or("stdin is a pipe")?;
-        let output = BufReader::new(child.stdout.take().ok_or("stdout is a pipe")?);
-        Ok(Self {
-            child,
-            input,
-            output,
-            events: Vec::new(),
-        })
-    }
-
-    /// Sends `command` and returns its reply; events that come before it are kept.
-    fn ask(&mut self, command: &str) -> Result<Value, Failed> {
-        writeln!(self.input, "{command}")?;
-        loop {
-            let mut line = String::new();
-            if self.output.read_line(&mut line)? == 0 {
-                return Err(format!("vmm ended before it answered {command:?}").into());
-            }
-            let value: Value = serde_json::from_str(&line)?;
-            if value.get("event").is_some() {
-                self.events.push(value);
-            } else {
-                assert_eq!(
-                    value["reply"],
-                    command.split(' ').next().unwrap_or_default(),
-                    "{value}"
-                );
-                return Ok(value);
-            }
-        }
-    }
-
-    fn accept(&mut self, command: &str) -> Result<Value, Failed> {
-        let reply = self.ask(command)?;
-        if reply["ok"] == true {
-            Ok(reply)
-        } else {
-            Err(format!("{command}: {reply}").into())
-        }
-    }
-
-    fn refuse(&mut self, command: &str) -> Result<String, Failed> {
-        let reply = self.ask(command)?;
-        assert_eq!(reply["ok"], false, "{command}: {reply}");
-        Ok(reply["error"].as_str().unwrap_or_default().to_owned())
-    }
-}
-
-/// Where the `vmm` of a test keeps what.
-struct Places {
-    folder: tempfile::TempDir,
-}
-
-impl Places {
-    fn path(&self, name: &str) -> String {
-        self.folder.path().join(name).to_string_lossy().into_owned()
-    }
-
-    /// Makes a VM in the directory `vm` with a read-only disk, and starts the program on it.
-    fn make_vm(&self, options: &[(&str, &str)]) -> Result<Vmm, Failed> {
-        let kernel = GuestKernel::find(Flavour::Cloud)?;
-        fs::write(self.path("disk.img"), vec![0; 1 << 20])?;
-        let pairs = [
-            ("--state-dir", self.path("vm")),
-            ("--name", "web 1".to_owned()),
-            ("--kernel", kernel.elf.to_string_lossy().into_owned()),
-            ("--initrd", kernel.initramfs.to_string_lossy().into_owned()),
-            ("--cmdline", "console=ttyS0 quiet panic=-1".to_owned()),
-            ("--cpus", "2".to_owned()),
-            ("--memory", "256M".to_owned()),
-            (
-                "--disk",
-                format!("name=data,path={},readonly", self.path("disk.img")),
-            ),
-            ("--console", self.path("console")),
-        ];
-        let pairs = pairs.iter().map(|(option, value)| (*option, value.as_str()));
-        let pairs = pairs.chain(options.iter().copied());
-        let words: Vec<&str> = pairs.flat_map(|(option, value)| [option, value]).collect();
-        Vmm::start(&words)
-    }
 }
 
 fn vmm_obeys_text_and_keeps_its_vm() -> Result<(), Failed> {
@@ -275,6 +170,105 @@ fn vmm_obeys_text_and_keeps_its_vm() -> Result<(), Failed> {
     Ok(())
 }
 
+/// A `vmm` with a VM of 256 MiB in the directory `vm`, whose guest uses what it is given.
+fn elastic_vmm(places: &Places, words: &[&str]) -> Result<Vmm, Failed> {
+    let kernel = GuestKernel::find(Flavour::Cloud)?;
+    let (state, elf) = (places.path("vm"), kernel.elf.to_string_lossy().into_owned());
+    let initrd = kernel.initramfs.to_string_lossy().into_owned();
+    let fixed = [
+        ["--state-dir", &state],
+        ["--name", "m"],
+        ["--kernel", &elf],
+        ["--initrd", &initrd],
+        ["--cmdline", "quiet memhp_default_state=online_movable"],
+        ["--memory", "256M"],
+    ];
+    Vmm::start(&[&fixed.concat()[..], words].concat())
+}
+
+fn mib(mib: u64) -> Value {
+    (mib << 20).into()
+}
+
+fn vmm_resizes_memory() -> Result<(), Failed> {
+    let places = Places {
+        folder: tempfile::tempdir()?,
+    };
+    let mut vmm = elastic_vmm(&places, &["--memory-max", "1G"])?;
+    vmm.accept("start")?;
+    let grown = vmm.accept("memory 768M 180")?;
+    assert_eq!(
+        (&grown["requested"], &grown["reached"], &grown["reason"]),
+        (&mib(768), &mib(768), &"complete".into())
+    );
+    let memory = vmm.accept("status")?["memory"].clone();
+    assert_eq!((&memory["startup"], &memory["maximum"]), (&mib(256), &mib(1024)));
+    assert_eq!(
+        (&memory["requested"], &memory["assigned"]),
+        (&mib(768), &mib(768))
+    );
+    assert!(
+        memory["guest_total"].is_u64() && memory["resident"].is_u64(),
+        "{memory}"
+    );
+    assert_eq!(vmm.accept("memory 192M 180")?["reached"], mib(192));
+    let refused = vmm.ask("memory 64M")?;
+    assert_eq!(
+        (&refused["ok"], &refused["reason"]),
+        (&false.into(), &"floor".into())
+    );
+    assert_eq!(
+        (&refused["requested"], &refused["reached"]),
+        (&mib(64), &mib(192))
+    );
+    assert_eq!(refused["error"], "target 64 MiB is below the floor 104 MiB");
+    vmm.accept("quit")?;
+    assert!(vmm.child.wait()?.success());
+    let count = |name: &str| vmm.events.iter().filter(|event| event["event"] == name).count();
+    assert_eq!(count("memory-settled"), 2);
+    assert!(count("memory-progress") >= 2, "{:?}", vmm.events);
+    // The size is a setting of the VM.
+    let mut vmm = Vmm::start(&["--state-dir", &places.path("vm")])?;
+    assert_eq!(vmm.accept("status")?["memory"]["requested"], mib(192));
+    vmm.accept("quit")?;
+    Ok(())
+}
+
+fn vmm_shrinks_an_old_vm() -> Result<(), Failed> {
+    let places = Places {
+        folder: tempfile::tempdir()?,
+    };
+    let mut vmm = elastic_vmm(&places, &["--config-version", "1.0"])?;
+    vmm.accept("start")?;
+    let refused = vmm.ask("memory 512M")?;
+    assert_eq!(
+        (&refused["ok"], &refused["reason"]),
+        (&false.into(), &"version".into())
+    );
+    assert_eq!(vmm.accept("memory 192M 180")?["reached"], mib(192));
+    assert_eq!(vmm.accept("memory 256M 180")?["reached"], mib(256));
+    vmm.accept("quit")?;
+    Ok(())
+}
+
+fn the_resize_example_keeps_its_word() -> Result<(), Failed> {
+    let kernel = GuestKernel::find(Flavour::Cloud)?;
+    let output = Command::new(example("resize_memory")?)
+        .args([&kernel.elf, &kernel.initramfs])
+        .output()?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(
+        output.status.success(),
+        "{said}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(
+        said.ends_with("target 96 MiB is below the floor 168 MiB\n"),
+        "{said}"
+    );
+    Ok(())
+}
+
 fn vmm_changes_cards() -> Result<(), Failed> {
     let places = Places {
         folder: tempfile::tempdir()?,
@@ -327,7 +321,7 @@ fn vmm_changes_cards() -> Result<(), Failed> {
     vmm.accept(&format!("nic add name=last,tap={second} 300"))?;
     vmm.accept("quit")?;
     assert!(vmm.child.wait()?.success());
-    check_card_events(&vmm.events);
+    tells_of_cards(&vmm);
     // What was added while the guest ran is there again.
     let mut vmm = Vmm::start(&["--state-dir", &places.path("vm")])?;
     let status = vmm.accept("status")?;
@@ -336,9 +330,10 @@ fn vmm_changes_cards() -> Result<(), Failed> {
     Ok(())
 }
 
-/// Every kind of event about cards that the commands lead to is there.
-fn check_card_events(events: &[Value]) {
-    let events: Vec<_> = events
+/// Every kind of event that a network card has was told.
+fn tells_of_cards(vmm: &Vmm) {
+    let events: Vec<_> = vmm
+        .events
         .iter()
         .filter_map(|event| event["event"].as_str())
         .collect();

@@ -6,6 +6,7 @@ pub mod disk;
 pub mod ends;
 pub mod look;
 pub mod make;
+pub mod memory;
 pub mod network;
 pub mod new_card;
 pub mod pause;

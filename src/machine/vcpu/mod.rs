@@ -46,6 +46,9 @@ const MISC_ENABLE_FAST_STRING: u64 = 1;
 
 /// Receives what a vCPU did. Called on the vCPU's thread, without locks; never blocks.
 pub trait VcpuListener: Send + Sync {
+    /// The vCPU's thread begins.
+    fn started(&self, vcpu: u32);
+
     /// The vCPU obeyed [`Vcpu::park`]: it is out of the guest and its registers are consistent.
     fn parked(&self, vcpu: u32);
 

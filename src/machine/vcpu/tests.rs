@@ -28,6 +28,8 @@ impl Ear {
 }
 
 impl VcpuListener for Ear {
+    fn started(&self, _vcpu: u32) {}
+
     fn parked(&self, vcpu: u32) {
         self.hear(Heard::Parked(vcpu));
     }

@@ -163,6 +163,7 @@ pub(super) fn spawn(shared: Arc<Shared>) -> io::Result<JoinHandle<()>> {
 
 fn obey(shared: &Shared) {
     run_page::accept_kicks();
+    shared.listener.started(shared.index);
     let mut obeyed = 0;
     loop {
         let reason = match shared.take_command(&mut obeyed) {

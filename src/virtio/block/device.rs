@@ -160,7 +160,7 @@ impl Block {
             return Err(queue.fault(&"the driver offers more chains than the ring holds"));
         }
         let head_index = chain.head_index();
-        let memory = queue.memory().clone();
+        let memory = queue.memory();
         let descriptors = descriptors(chain, queue.index())?;
         let request = Request::parse(&memory, &descriptors).map_err(|malformed| queue.fault(&malformed))?;
         let pending = |data_bytes| Pending {

@@ -128,7 +128,6 @@ impl Driver {
         }
         self.rings.fill(Ring::default());
         let activation = Activation {
-            memory: self.memory.clone(),
             driver_features,
             queues,
             interrupt: self.interrupts.clone(),

@@ -28,7 +28,7 @@ impl Console {
                 return Err(queue.fault(&"a control message is writable"));
             }
             let mut message = [0; MESSAGE_BYTES];
-            let gathered = gather(queue.memory(), &buffers, 0, &mut message);
+            let gathered = gather(&queue.memory(), &buffers, 0, &mut message);
             let length_bytes = gathered.map_err(|reason| queue.fault(&reason))?;
             queue.complete(head_index, 0)?;
             chain_count += 1;
@@ -106,7 +106,7 @@ impl Console {
                 let head_index = chain.head_index();
                 let buffers = descriptors(chain, CONTROL_RECEIVE_QUEUE)?;
                 let bytes = message.to_bytes(id, port.name.as_str());
-                scatter(queue.memory(), &buffers, &bytes).map_err(|reason| queue.fault(&reason))?;
+                scatter(&queue.memory(), &buffers, &bytes).map_err(|reason| queue.fault(&reason))?;
                 queue.complete(head_index, bytes.len() as u32)?;
                 port.dialogue.told(message);
                 told = true;

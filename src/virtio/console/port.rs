@@ -160,7 +160,7 @@ impl Port {
         }
         let mut chunk = [0; CHUNK_BYTES];
         while *left_bytes > 0 {
-            let gathered = gather(queue.memory(), buffers, self.transmit_offset_bytes, &mut chunk);
+            let gathered = gather(&queue.memory(), buffers, self.transmit_offset_bytes, &mut chunk);
             let length_bytes = gathered.map_err(|reason| queue.fault(&reason))?;
             if length_bytes == 0 {
                 return Ok(true);
@@ -270,9 +270,8 @@ fn read(
     }
     let buffer = buffers.iter().find(|buffer| buffer.len() > 0);
     let buffer = buffer.ok_or_else(|| queue.fault(&"a chain to receive into is empty"))?;
-    let slices = queue
-        .memory()
-        .get_slices(buffer.addr(), buffer.len() as usize, Permissions::Write);
+    let memory = queue.memory();
+    let slices = memory.get_slices(buffer.addr(), buffer.len() as usize, Permissions::Write);
     let first = slices.map_err(|error| queue.fault(&error))?.next();
     let slice = first.ok_or_else(|| queue.fault(&"a chain to receive into is empty"))?;
     let mut slice = slice.map_err(|error| queue.fault(&error))?;

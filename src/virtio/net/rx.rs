@@ -47,7 +47,7 @@ pub(super) enum Received {
 /// # Errors
 /// [`DeviceFault`] when a chain or the ring is malformed.
 pub(super) fn receive(port: Port<'_>, framing: Framing) -> Result<Received, DeviceFault> {
-    let memory = port.queue.memory().clone();
+    let memory = port.queue.memory();
     // One byte behind the buffers shows whether a packet was longer than they are.
     let mut excess = [0];
     let excess = VolatileSlice::from(&mut excess[..]);

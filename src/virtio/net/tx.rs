@@ -26,7 +26,7 @@ pub(super) enum Transmitted {
 /// # Errors
 /// [`DeviceFault`] when a chain or the ring is malformed.
 pub(super) fn transmit(port: Port<'_>, link_up: bool) -> Result<Transmitted, DeviceFault> {
-    let memory = port.queue.memory().clone();
+    let memory = port.queue.memory();
     let mut slices = Vec::new();
     let mut outcome = Transmitted::TurnOver;
     port.queue.disable_kicks()?;

@@ -73,7 +73,7 @@ impl Rng {
             };
             let head_index = chain.head_index();
             let buffers = descriptors(chain, queue.index())?;
-            let filled = fill(&self.source, queue.memory(), &buffers);
+            let filled = fill(&self.source, &queue.memory(), &buffers);
             let length_bytes = filled.map_err(|reason| queue.fault(&reason))?;
             queue.complete(head_index, length_bytes as u32)?;
             call_bytes += length_bytes;

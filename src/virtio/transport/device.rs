@@ -10,7 +10,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::common_config::CommonConfig;
@@ -44,8 +44,8 @@ pub struct TransportResources {
     pub ioevents: IoEvents,
     /// The loop that calls the device.
     pub event_loop: LoopHandle,
-    /// Guest memory.
-    pub memory: Arc<GuestMemoryMmap>,
+    /// Guest memory, of which parts come and go at run time.
+    pub memory: GuestMemoryAtomic<GuestMemoryMmap>,
     /// Who is told when drivers come, go and fail.
     pub listener: Arc<dyn UnitListener>,
 }

@@ -17,6 +17,7 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Weak};
 
 use virtio_queue::QueueT;
+use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::common_config::CommonConfig;
@@ -170,7 +171,7 @@ impl Shared {
         let mut queues = Vec::with_capacity(core.config.queues.len());
         for ((queue_index, setup), position) in (0..).zip(&core.config.queues).zip(positions) {
             if setup.enabled {
-                let ring = setup.build(*position, event_idx, &self.memory);
+                let ring = setup.build(*position, event_idx, &self.memory.memory());
                 let ring = ring.map_err(|error| DeviceFault::Queue {
                     queue_index,
                     reason: error.to_string(),
@@ -185,7 +186,6 @@ impl Shared {
             }
         }
         let activation = Activation {
-            memory: self.memory.clone(),
             driver_features,
             queues,
             interrupt: self.interrupts.clone(),
@@ -195,15 +195,22 @@ impl Shared {
             return Err(fault);
         }
         core.active = true;
-        self.watch(core);
+        if let Err(fault) = self.watch(core) {
+            core.active = false;
+            core.device.reset();
+            return Err(fault);
+        }
         self.function().arm(core.enabled_queues(), &self.log);
         Ok(())
     }
 
     /// Lets the loop watch the device, if work may be started and it does not watch yet.
-    fn watch(&self, core: &mut Core) {
+    ///
+    /// # Errors
+    /// [`DeviceFault::Driver`] when drivers came and went faster than the loop could follow, or it has ended.
+    fn watch(&self, core: &mut Core) -> Result<(), DeviceFault> {
         if core.watch.is_some() || !core.may_work() {
-            return;
+            return Ok(());
         }
         core.generation += 1;
         let kicks = core.enabled_queues().into_iter().filter_map(|index| {
@@ -220,20 +227,13 @@ impl Shared {
             generation: core.generation,
             _kicks: self.kicks.clone(),
         };
-        match self
-            .event_loop
-            .register(kicks.chain(own).collect(), Arc::new(handler))
-        {
-            Ok(registration) => {
-                core.watch = Some(Watch {
-                    _registration: registration,
-                    generation: core.generation,
-                });
-            }
-            // A driver that outran the loop hears nothing before it resets the device once more; a loop that has
-            // ended is one whose VM ends.
-            Err(error) => self.log.warn(format_args!("the device is not served: {error}")),
-        }
+        let sources = kicks.chain(own).collect();
+        let registration = self.event_loop.register(sources, Arc::new(handler));
+        core.watch = Some(Watch {
+            _registration: registration.map_err(|error| DeviceFault::Driver(error.to_string()))?,
+            generation: core.generation,
+        });
+        Ok(())
     }
 
     /// A descriptor is readable, on the loop's thread.
@@ -344,6 +344,8 @@ impl Shared {
             }
             self.interrupts.signal_queue(queue_index);
         }
-        self.watch(core);
+        if let Err(fault) = self.watch(core) {
+            self.needs_reset(core, &fault);
+        }
     }
 }

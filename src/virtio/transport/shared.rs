@@ -6,7 +6,7 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::common_config::WriteEffect;
@@ -27,7 +27,7 @@ pub struct Shared {
     pub function: Mutex<Function>,
     pub interrupts: Arc<Interrupts>,
     pub kicks: Arc<[Arc<EventFd>]>,
-    pub memory: Arc<GuestMemoryMmap>,
+    pub memory: GuestMemoryAtomic<GuestMemoryMmap>,
     pub event_loop: LoopHandle,
     pub listener: Arc<dyn UnitListener>,
     pub log: GuestLog,

@@ -1,5 +1,6 @@
 //! What the supervisor does, one file per noun. Each function is called on the supervisor's thread and never blocks.
 
+pub(super) mod memory;
 pub(super) mod nic;
 pub(super) mod nic_change;
 pub(super) mod power;
@@ -9,5 +10,6 @@ use crate::vm::supervisor::Supervisor;
 
 /// The operation `id`, which goes on beside others, has had its time.
 pub(super) fn deadline_passed(vm: &mut Supervisor, id: OperationId) {
+    memory::deadline_passed(vm, id);
     nic::deadline_passed(vm, id);
 }

@@ -20,7 +20,7 @@ use crate::unit::{PauseTicket, PowerRequest};
 use crate::vm::error::OperationError;
 use crate::vm::mailbox::Report;
 use crate::vm::operation::{OperationKind, Outcome};
-use crate::vm::ops::nic;
+use crate::vm::ops::{memory, nic};
 use crate::vm::platform::{BuildError, Machine};
 use crate::vm::supervisor::{Halt, Supervisor};
 use crate::vm::transition::Trigger;
@@ -51,6 +51,7 @@ pub fn built(vm: &mut Supervisor, result: Result<Arc<dyn Machine>, BuildError>) 
             machine.run_vcpus();
             vm.machine = Some(machine);
             vm.step(Trigger::Done);
+            memory::started(vm);
             vm.end_flight(Outcome::Done);
         }
         // The power was cut meanwhile.
@@ -200,6 +201,7 @@ pub fn reset_done(vm: &mut Supervisor, result: Result<(), BuildError>) {
         (Ok(()), _) => {
             let cause = vm.halt.and_then(|halt| halt.reset).unwrap_or(ResetCause::Host);
             vm.publish(EventKind::Reset { cause });
+            memory::started(vm);
             nic::gone_with_reset(vm);
             stand(vm);
         }
@@ -245,6 +247,7 @@ fn end(vm: &mut Supervisor, trigger: Trigger, cause: EndCause) {
         return;
     }
     vm.end_cause = Some(cause);
+    memory::guest_ended(vm);
     match &mut vm.flight {
         None => {}
         Some(flight) if flight.operation.kind() == OperationKind::PowerOff => {}

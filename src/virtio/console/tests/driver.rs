@@ -129,7 +129,6 @@ impl Guest {
             DeviceQueue::new(queue_index as u16, queue, memory, self.interrupts.clone())
         };
         let activation = Activation {
-            memory: self.memory.clone(),
             driver_features,
             queues: (0..self.rings.len()).map(queue).collect(),
             interrupt: self.interrupts.clone(),

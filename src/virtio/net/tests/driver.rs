@@ -244,7 +244,6 @@ impl Rig {
             )
         };
         let activation = Activation {
-            memory: self.memory.clone(),
             driver_features: features & self.net.device_features(),
             queues: (0..).zip(&self.rings).map(queue).collect(),
             interrupt: self.interrupts.clone(),

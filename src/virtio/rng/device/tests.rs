@@ -51,7 +51,6 @@ impl Fixture {
         let mut rng = Rng::new().expect("the host has random numbers");
         let queue = DeviceQueue::new(0, queue, memory.clone(), interrupts.clone());
         rng.activate(Activation {
-            memory: memory.clone(),
             driver_features: 0,
             queues: vec![queue],
             interrupt: interrupts.clone(),

@@ -254,3 +254,26 @@ proptest! {
         prop_assert!(rig.vm.ioevent_addresses().is_empty());
     }
 }
+
+#[test]
+fn a_driver_that_outruns_the_event_loop_is_told_to_reset() {
+    let rig = Rig::new();
+    let (go_on, wait) = channel::<()>();
+    let stuck = move || wait.recv().expect("the test lets it go on");
+    rig.resources.event_loop.run_once(stuck).expect("the loop runs");
+    let refused = (0..10_000).any(|_| {
+        assert!(rig.negotiate(DRIVER_FEATURES));
+        rig.set_status(15);
+        rig.status() & 64 != 0
+    });
+    assert!(refused, "the loop has room without end");
+    assert!(!rig.device.driver_ready());
+    let last = rig.heard().pop().expect("the listener is told");
+    assert!(last.starts_with("fake needs reset: 1024 handlers wait"), "{last}");
+    go_on.send(()).expect("the loop waits");
+    rig.settle_loop();
+    rig.bring_up();
+    rig.drop_calls();
+    rig.kick(0);
+    rig.wait_for(&Call::Queue(0));
+}

@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::fake_device::{Call, DEVICE_FEATURE, FakeDevice};
 use crate::bus::Bus;
-use crate::event_loop::{EventHandler, EventLoop, Registration, Source};
+use crate::event_loop::{EventHandler, EventLoop, LoopListener, Registration, Source};
 use crate::ids::{Bdf, UnitName};
 use crate::machine::fake::FakeVm;
 use crate::machine::gsi::GsiTable;
@@ -44,6 +44,15 @@ impl UnitListener for Listener {
 
     fn needs_reset(&self, unit: &UnitName, reason: &str) {
         let line = format!("{unit} needs reset: {reason}");
+        self.heard.lock().expect("no panic while locked").push(line);
+    }
+}
+
+impl LoopListener for Listener {
+    fn loop_started(&self) {}
+
+    fn loop_failed(&self, words: &str) {
+        let line = format!("the loop failed: {words}");
         self.heard.lock().expect("no panic while locked").push(line);
     }
 }
@@ -89,7 +98,8 @@ impl Rig {
         let vm = Arc::new(FakeVm::default());
         let mmio = Bus::new();
         let root = PciRoot::new(&mmio).expect("the bus is empty");
-        let event_loop = EventLoop::start("transport-test").expect("the host has epoll");
+        let listener = Arc::new(Listener::default());
+        let event_loop = EventLoop::start("transport-test", listener.clone()).expect("the host has epoll");
         let bell = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).expect("the host has eventfds"));
         let (sender, rounds) = channel();
         let source = Source {
@@ -106,14 +116,13 @@ impl Rig {
             .expect("it runs");
         let ranges = [(GuestAddress(0), MEMORY_BYTES)];
         let memory = Arc::new(GuestMemoryMmap::from_ranges(&ranges).expect("memory is free"));
-        let listener = Arc::new(Listener::default());
         let gsi = GsiTable::new(vm.clone());
         let resources = TransportResources {
             mmio: mmio.clone(),
             gsi: gsi.clone(),
             ioevents: IoEvents::new(vm.clone()),
             event_loop: event_loop.handle(),
-            memory: memory.clone(),
+            memory: memory.clone().into(),
             listener: listener.clone(),
         };
         let (sender, calls) = channel();

@@ -1,0 +1,412 @@
+//! Resizing a guest's memory: what was asked of it, how far it is, and how that ends.
+//!
+//! ```text
+//! resize ─ plan ─ the host's promise ─ (the pending one withdrawn) ─ setting stored ─ guest asked
+//! change reported ─ look ─ reached? ─ guest asked for its total ─ told ─ Complete
+//! deadline ─ why not? ─ rest withdrawn or kept
+//! ```
+//! A guest that is reset or started again has only its start-up size, and is asked for the setting anew; an operation
+//! goes on meanwhile, and its deadline stays. Nobody polls: each look follows a report of the machine.
+
+use std::time::{Duration, Instant};
+
+use crate::config::ByteSize;
+use crate::event::EventKind;
+use crate::ids::OperationId;
+use crate::memory::host::HostMemoryError;
+use crate::state::State;
+use crate::vm::memory::machine::{MachineMemory, Observed};
+use crate::vm::memory::plan::{Plan, Told, assigned_bytes, is_progress};
+use crate::vm::memory::{AtDeadline, MemoryOutcome, MemoryReason, MemoryStatus, ResizeError, ResizeOptions};
+use crate::vm::operation::{Operation, OperationKind};
+use crate::vm::supervisor::Supervisor;
+
+/// A guest that has obeyed is asked for its total again for that long, at its own pace, while it has not counted all that
+/// it was given. One that leaves plugged memory offline never does.
+const COUNTING_MAX: Duration = Duration::from_secs(1);
+
+/// The host does not have what a starting guest was given before; the reason of its event, as of a refused request.
+const REFUSED_BY_HOST: &str = "host";
+
+/// What is asked of the guest's memory.
+#[derive(Default)]
+pub(in crate::vm) struct MemoryWork {
+    /// What the guest of the present machine told last.
+    told: Option<Told>,
+    told_count: u64,
+    asked: Option<Asked>,
+    pending: Option<Pending>,
+}
+
+/// What the guest of the present machine is asked for.
+struct Asked {
+    plan: Plan,
+    from_bytes: u64,
+    told_bytes: u64,
+    /// An event told that the guest has obeyed.
+    settled: bool,
+}
+
+/// The operation that waits for it.
+struct Pending {
+    operation: Operation<MemoryOutcome>,
+    target_bytes: u64,
+    plan: Plan,
+    at_deadline: AtDeadline,
+    began: Instant,
+    deadline: Option<Instant>,
+    /// What the guest had last, and since when.
+    seen: Observed,
+    seen_since: Instant,
+    /// What the guest had told before.
+    told_before: Option<Told>,
+    /// The guest has obeyed and was asked for its total: after it had told so often, and since when.
+    total_asked: Option<(u64, Instant)>,
+}
+
+/// A user asks for `target_bytes`.
+///
+/// # Errors
+/// [`ResizeError`]; nothing has changed then.
+pub fn resize(
+    vm: &mut Supervisor,
+    target_bytes: u64,
+    options: ResizeOptions,
+) -> Result<Operation<MemoryOutcome>, ResizeError> {
+    vm.check_may_begin(OperationKind::ResizeMemory)?;
+    let config = vm.config.clone();
+    let plan = Plan::new(target_bytes, config.memory(), config.version())?;
+    promise(vm, &plan).map_err(|source| ResizeError::Host {
+        target: ByteSize(target_bytes),
+        source,
+    })?;
+    let now = Instant::now();
+    let deadline = now.checked_add(options.within);
+    if let Some(operation) = join(vm, &plan, options.at_deadline, deadline) {
+        return Ok(operation);
+    }
+    end(vm, MemoryReason::Withdrawn);
+    remember(vm, plan.requested_bytes);
+    let operation = vm.begin_beside(OperationKind::ResizeMemory, deadline);
+    vm.memory.pending = Some(Pending {
+        operation: operation.clone(),
+        target_bytes,
+        plan,
+        at_deadline: options.at_deadline,
+        began: now,
+        deadline,
+        seen: observe(vm),
+        seen_since: now,
+        told_before: vm.memory.told,
+        total_asked: None,
+    });
+    ask(vm, plan);
+    look(vm);
+    Ok(operation)
+}
+
+/// What memory the VM has. Asks the guest for its total, so that a later call knows it.
+pub fn status(vm: &Supervisor) -> MemoryStatus {
+    let memory = *vm.config.memory();
+    let machine = vm.machine.as_ref().map(|machine| machine.memory());
+    let now = machine.map(|machine| machine.observe());
+    if vm.state == State::Running {
+        // Without a driver nothing is known.
+        machine.map(MachineMemory::ask_guest_total);
+    }
+    MemoryStatus {
+        startup_bytes: memory.startup_bytes,
+        maximum_bytes: memory.maximum_bytes,
+        requested_bytes: memory.assigned_bytes,
+        assigned_bytes: now.map_or(0, |now| assigned_bytes(memory.startup_bytes, &now)),
+        guest_total_bytes: now.and_then(|now| now.guest_total_bytes),
+        resident_bytes: machine.map_or(0, |machine| machine.resident_bytes()),
+    }
+}
+
+/// A guest begins with its start-up size, after a start or a reset: it is asked for the setting.
+pub fn started(vm: &mut Supervisor) {
+    let config = vm.config.clone();
+    let plan = match Plan::new(config.memory().assigned_bytes, config.memory(), config.version()) {
+        Ok(plan) => plan,
+        // A configuration holds a possible size; the guest keeps its start-up size otherwise.
+        Err(error) => return log::error!("vm {}: {error}", config.name()),
+    };
+    if let Err(error) = promise(vm, &plan) {
+        log::warn!("vm {}: the guest keeps its start-up size: {error}", config.name());
+        return vm.publish(EventKind::MemorySettled {
+            requested_bytes: plan.requested_bytes,
+            reached_bytes: config.memory().startup_bytes,
+            guest_total_bytes: None,
+            reason: REFUSED_BY_HOST,
+        });
+    }
+    ask(vm, plan);
+    look(vm);
+}
+
+/// The machine reports a change.
+pub fn look(vm: &mut Supervisor) {
+    let Some(machine) = vm.machine.clone().filter(|_| vm.state != State::Stopping) else {
+        // Of a VM that is off, the setting is all there is to change.
+        return end(vm, MemoryReason::Complete);
+    };
+    let now = machine.memory().observe();
+    tell(vm, &now);
+    listen(vm, &now);
+    let Some(plan) = vm.memory.asked.as_ref().map(|asked| asked.plan) else {
+        return;
+    };
+    let startup_bytes = vm.config.memory().startup_bytes;
+    let held_bytes = assigned_bytes(startup_bytes, &now).max(plan.requested_bytes);
+    // What the guest gave back may be promised to others. It is never more than was promised before.
+    let _ = machine.memory().promise(held_bytes, true);
+    // A guest that did its first step is asked for the next one.
+    machine.memory().request(&plan.step(&now));
+    let (running, told) = (vm.state == State::Running, vm.memory.told);
+    let Some(pending) = &mut vm.memory.pending else {
+        if plan.is_reached(&now) {
+            settle(vm, &now);
+        }
+        return;
+    };
+    pending.see(&now);
+    if !plan.is_reached(&now) {
+        pending.total_asked = None;
+        return;
+    }
+    let (count, since) = pending.total_asked.unwrap_or((0, Instant::now()));
+    let is_told = match pending.total_asked {
+        Some(_) if now.told_count == count => return,
+        Some(_) => pending.is_credible(told) || since.elapsed() >= COUNTING_MAX,
+        None => false,
+    };
+    // A guest that stands still tells nothing.
+    if !is_told && running && machine.memory().ask_guest_total() {
+        pending.total_asked = Some((now.told_count, since));
+        return;
+    }
+    end(vm, MemoryReason::Complete);
+}
+
+/// The deadline of operation `id` has passed.
+pub fn deadline_passed(vm: &mut Supervisor, id: OperationId) {
+    let Some(pending) = vm.memory.pending.take_if(|pending| pending.operation.id() == id) else {
+        return;
+    };
+    let now = observe(vm);
+    let (plan, at_deadline) = (pending.plan, pending.at_deadline);
+    let reason = if plan.is_reached(&now) {
+        // Only its total the guest did not tell.
+        MemoryReason::Complete
+    } else if vm.state == State::Running {
+        pending.shortfall(&now)
+    } else {
+        // A guest that stands still refuses nothing.
+        MemoryReason::Deadline
+    };
+    vm.memory.pending = Some(pending);
+    if reason != MemoryReason::Complete && at_deadline == AtDeadline::Withdraw {
+        let as_is = Plan::as_is(vm.config.memory().startup_bytes, &now);
+        let memory = *vm.config.memory();
+        remember(
+            vm,
+            as_is
+                .requested_bytes
+                .clamp(memory.minimum_bytes, memory.maximum_bytes),
+        );
+        ask(vm, as_is);
+    }
+    end(vm, reason);
+}
+
+/// The guest is gone. What was asked for stays the VM's setting.
+pub fn guest_ended(vm: &mut Supervisor) {
+    end(vm, MemoryReason::GuestEnded);
+    vm.memory = MemoryWork::default();
+}
+
+/// Lets a caller that asks for the same share the pending operation.
+fn join(
+    vm: &mut Supervisor,
+    plan: &Plan,
+    at_deadline: AtDeadline,
+    deadline: Option<Instant>,
+) -> Option<Operation<MemoryOutcome>> {
+    let pending = vm
+        .memory
+        .pending
+        .as_mut()
+        .filter(|pending| pending.plan == *plan)?;
+    pending.at_deadline = at_deadline;
+    // No deadline is later than any.
+    pending.deadline = match (pending.deadline, deadline) {
+        (Some(old), Some(new)) => Some(old.max(new)),
+        (None, _) | (_, None) => None,
+    };
+    let (operation, deadline) = (pending.operation.clone(), pending.deadline);
+    vm.put_off(operation.id(), deadline);
+    Some(operation)
+}
+
+/// Has the host promise what `plan` needs, unless over-commit is allowed.
+fn promise(vm: &Supervisor, plan: &Plan) -> Result<(), HostMemoryError> {
+    match &vm.machine {
+        Some(machine) => {
+            let overcommit = vm.config.memory().overcommit;
+            let held_bytes = assigned_bytes(vm.config.memory().startup_bytes, &machine.memory().observe());
+            machine
+                .memory()
+                .promise(plan.requested_bytes.max(held_bytes), overcommit)
+        }
+        None => Ok(()),
+    }
+}
+
+/// Makes `requested_bytes` the setting.
+fn remember(vm: &mut Supervisor, requested_bytes: u64) {
+    if vm.config.memory().assigned_bytes == requested_bytes {
+        return;
+    }
+    match vm.config.with_assigned_memory(requested_bytes) {
+        Ok(config) => vm.change_config(config, |vm, stored| {
+            if let Err(error) = stored {
+                log::error!(
+                    "vm {}: the size of its memory is not stored: {error}",
+                    vm.config.name()
+                );
+            }
+        }),
+        Err(error) => log::error!("vm {}: {error}", vm.config.name()),
+    }
+}
+
+/// Asks the guest for `plan`.
+fn ask(vm: &mut Supervisor, plan: Plan) {
+    let Some(machine) = &vm.machine else { return };
+    let now = machine.memory().observe();
+    let from_bytes = assigned_bytes(vm.config.memory().startup_bytes, &now);
+    machine.memory().request(&plan.step(&now));
+    vm.memory.asked = Some(Asked {
+        plan,
+        from_bytes,
+        told_bytes: from_bytes,
+        // Nothing was to be done, so nothing is told.
+        settled: plan.is_reached(&now),
+    });
+}
+
+fn observe(vm: &Supervisor) -> Observed {
+    let machine = vm.machine.as_ref();
+    machine.map_or_else(Observed::default, |machine| machine.memory().observe())
+}
+
+/// Tells of progress, if it is worth it.
+fn tell(vm: &mut Supervisor, now: &Observed) {
+    let reached_bytes = assigned_bytes(vm.config.memory().startup_bytes, now);
+    let Some(asked) = &mut vm.memory.asked else { return };
+    let requested_bytes = asked.plan.requested_bytes;
+    if !is_progress(asked.told_bytes, reached_bytes, asked.from_bytes, requested_bytes) {
+        return;
+    }
+    asked.told_bytes = reached_bytes;
+    // After a reset the guest begins anew.
+    asked.settled = asked.settled && asked.plan.is_reached(now);
+    vm.publish(EventKind::MemoryProgress {
+        requested_bytes,
+        reached_bytes,
+    });
+}
+
+/// Takes note of what the guest told.
+fn listen(vm: &mut Supervisor, now: &Observed) {
+    if now.told_count == vm.memory.told_count {
+        return;
+    }
+    vm.memory.told_count = now.told_count;
+    vm.memory.told = now.guest_total_bytes.map(|total_bytes| Told {
+        assigned_bytes: assigned_bytes(vm.config.memory().startup_bytes, now),
+        total_bytes,
+    });
+}
+
+/// Tells once that the guest has obeyed, without an operation that waits for it.
+fn settle(vm: &mut Supervisor, now: &Observed) {
+    let Some(asked) = vm.memory.asked.as_mut().filter(|asked| !asked.settled) else {
+        return;
+    };
+    asked.settled = true;
+    let requested_bytes = asked.plan.requested_bytes;
+    vm.publish(EventKind::MemorySettled {
+        requested_bytes,
+        reached_bytes: requested_bytes,
+        guest_total_bytes: now.guest_total_bytes,
+        reason: MemoryReason::Complete.as_str(),
+    });
+}
+
+/// Ends the pending operation, if there is one.
+fn end(vm: &mut Supervisor, reason: MemoryReason) {
+    let Some(pending) = vm.memory.pending.take() else {
+        return;
+    };
+    let now = observe(vm);
+    let requested_bytes = pending.plan.requested_bytes;
+    let reached_bytes = match &vm.machine {
+        Some(_) => assigned_bytes(vm.config.memory().startup_bytes, &now),
+        // A guest that is not there will begin with it.
+        None => requested_bytes,
+    };
+    let guest_total_bytes = now.guest_total_bytes;
+    match reason {
+        MemoryReason::Withdrawn | MemoryReason::GuestEnded => {}
+        MemoryReason::Complete
+        | MemoryReason::GuestRefused
+        | MemoryReason::DriverAbsent
+        | MemoryReason::Deadline => {
+            if let Some(asked) = &mut vm.memory.asked {
+                asked.settled |= reason == MemoryReason::Complete;
+            }
+            vm.publish(EventKind::MemorySettled {
+                requested_bytes,
+                reached_bytes,
+                guest_total_bytes,
+                reason: reason.as_str(),
+            });
+        }
+    }
+    let outcome = MemoryOutcome {
+        target_bytes: pending.target_bytes,
+        requested_bytes,
+        reached_bytes,
+        guest_total_bytes,
+        reason,
+    };
+    vm.end_beside(&pending.operation, outcome);
+}
+
+impl Pending {
+    /// Takes note of what the guest has now.
+    fn see(&mut self, now: &Observed) {
+        let moved = (now.plugged_bytes, now.ballooned_bytes);
+        if moved != (self.seen.plugged_bytes, self.seen.ballooned_bytes) {
+            self.seen_since = Instant::now();
+        }
+        self.seen = *now;
+    }
+
+    /// Whether the guest has counted in `told` what it was given; of one that never told before nothing is known.
+    fn is_credible(&self, told: Option<Told>) -> bool {
+        match (&self.told_before, &told) {
+            (Some(before), Some(told)) => told.has_counted_all(before),
+            (None, _) | (_, None) => true,
+        }
+    }
+
+    fn shortfall(&self, now: &Observed) -> MemoryReason {
+        let end = self.deadline.unwrap_or_else(Instant::now);
+        let within = end.saturating_duration_since(self.began);
+        let still_for: Duration = end.saturating_duration_since(self.seen_since);
+        self.plan.shortfall(now, within, still_for)
+    }
+}
