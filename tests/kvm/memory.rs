@@ -287,6 +287,15 @@ fn a_guest_without_drivers_is_told_as_such() -> Result<(), Failed> {
     let cmdline = CMDLINE.replace("=all", "=virtio_pci,virtio_console");
     let cmdline = format!("{cmdline} memhp_default_state=online_movable");
     let (guest, mut shell) = Guest::boot(elastic("bare")?.cmdline(cmdline))?;
+    // A guest that helps itself finds nothing where its memory will be, and costs the host nothing.
+    let base = guest.vm.inspect()?["machine"]["runtime"]["base"].clone();
+    let found = shell.succeed(&format!("devmem {base} 32 0x12345678; devmem {base} 32"))?;
+    assert_eq!(found, "0xFFFFFFFF");
+    let runtime = guest.vm.inspect()?["machine"]["runtime"].clone();
+    assert_eq!(
+        (&runtime["live_slot_count"], &runtime["resident_bytes"]),
+        (&0.into(), &0.into())
+    );
     let brief = ResizeOptions {
         within: Duration::from_secs(3),
         ..ResizeOptions::default()
