@@ -59,6 +59,7 @@ fn new_vm(options: Vec<(String, String)>) -> Result<VmConfigBuilder, String> {
             "--memory-max" => builder.maximum_bytes(size(&value).map_err(|error| failed(&error))?),
             "--memory-min" => builder.minimum_bytes(size(&value).map_err(|error| failed(&error))?),
             "--overcommit" => builder.overcommit(value.parse().map_err(|error| failed(&error))?),
+            "--deflate-on-oom" => builder.deflate_on_oom(value.parse().map_err(|error| failed(&error))?),
             "--disk" => builder.disk(disk(&value).map_err(|error| failed(&error))?),
             "--nic" => builder.nic(nic(&value).map_err(|error| failed(&error))?),
             "--config-version" => builder.version(value.parse().map_err(|error| failed(&error))?),

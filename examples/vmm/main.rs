@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! vmm --state-dir DIR [--name NAME --kernel FILE [--initrd FILE] [--cmdline STR] [--cpus N] [--memory SIZE]
-//!     [--memory-max SIZE] [--memory-min SIZE] [--overcommit true|false]
+//!     [--memory-max SIZE] [--memory-min SIZE] [--overcommit true|false] [--deflate-on-oom true|false]
 //!     [--disk name=N,path=P[,readonly]]... [--nic name=N,tap=T[,mac=M]]...
 //!     [--config-version V]] [--console FILE]
 //! ```

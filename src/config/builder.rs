@@ -161,6 +161,7 @@ impl VmConfigBuilder {
                 assigned_bytes: None,
                 huge_pages: false,
                 overcommit: false,
+                deflate_on_oom: false,
             },
             kernel,
             initrd: None,
@@ -229,6 +230,13 @@ impl VmConfigBuilder {
     /// Whether the guest may be promised more memory than the host has left. It may die for it when it takes it.
     pub fn overcommit(mut self, overcommit: bool) -> Self {
         self.memory.overcommit = overcommit;
+        self
+    }
+
+    /// Whether the guest may take memory back out of its balloon when it has none left; see
+    /// [`MemoryConfig::deflate_on_oom`].
+    pub fn deflate_on_oom(mut self, deflate_on_oom: bool) -> Self {
+        self.memory.deflate_on_oom = deflate_on_oom;
         self
     }
 

@@ -115,6 +115,7 @@ fn builder(document: DocumentV2) -> VmConfigBuilder {
                 assigned_bytes,
                 huge_pages,
                 overcommit,
+                deflate_on_oom,
             },
         boot: BootV2 {
             kernel,
@@ -132,6 +133,7 @@ fn builder(document: DocumentV2) -> VmConfigBuilder {
         .maximum_bytes(maximum_bytes)
         .huge_pages(huge_pages)
         .overcommit(overcommit.unwrap_or(false))
+        .deflate_on_oom(deflate_on_oom.unwrap_or(false))
         .cmdline(cmdline);
     builder = minimum_bytes
         .into_iter()
@@ -218,6 +220,7 @@ fn memory_document(memory: MemoryConfig, version: ConfigVersion) -> MemoryV2 {
         assigned_bytes,
         huge_pages,
         overcommit,
+        deflate_on_oom,
     } = memory;
     MemoryV2 {
         startup_bytes,
@@ -226,6 +229,7 @@ fn memory_document(memory: MemoryConfig, version: ConfigVersion) -> MemoryV2 {
         assigned_bytes: Some(assigned_bytes).filter(|bytes| *bytes != startup_bytes),
         huge_pages,
         overcommit: overcommit.then_some(true),
+        deflate_on_oom: deflate_on_oom.then_some(true),
     }
 }
 

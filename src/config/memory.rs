@@ -37,6 +37,9 @@ pub struct MemoryConfig {
     pub huge_pages: bool,
     /// Whether the guest may be promised more memory than the host has left.
     pub overcommit: bool,
+    /// Whether the guest may take memory back out of its balloon when it has none left (virtio 1.2 §5.5.6.2,
+    /// `VIRTIO_BALLOON_F_DEFLATE_ON_OOM`). It then has more than it was asked to keep.
+    pub deflate_on_oom: bool,
 }
 
 /// What is said of a VM's memory before it is checked.
@@ -48,6 +51,7 @@ pub(super) struct MemorySpec {
     pub assigned_bytes: Option<u64>,
     pub huge_pages: bool,
     pub overcommit: bool,
+    pub deflate_on_oom: bool,
 }
 
 /// The least that a Linux guest with `startup_bytes` can be left with: what Hyper-V's balloon driver leaves to its
@@ -95,6 +99,7 @@ impl MemoryConfig {
             assigned_bytes,
             huge_pages,
             overcommit,
+            deflate_on_oom,
         } = spec;
         let maximum_bytes = maximum_bytes.unwrap_or(startup_bytes);
         let (startup, maximum) = (ByteSize(startup_bytes), ByteSize(maximum_bytes));
@@ -131,6 +136,7 @@ impl MemoryConfig {
             assigned_bytes: assigned_bytes.unwrap_or(startup_bytes),
             huge_pages,
             overcommit,
+            deflate_on_oom,
         };
         memory.minimum_bytes = minimum_bytes.unwrap_or_else(|| memory.default_minimum_bytes(version));
         memory.check_runtime_sizes()?;
@@ -154,6 +160,7 @@ impl MemoryConfig {
             assigned_bytes,
             huge_pages: _,
             overcommit: _,
+            deflate_on_oom: _,
         } = *self;
         check_step("minimum memory", minimum_bytes, STARTUP_STEP_BYTES)?;
         check_between("minimum memory", minimum_bytes, self.floor_bytes(), startup_bytes)?;
@@ -218,6 +225,7 @@ mod tests {
             assigned_bytes: None,
             huge_pages,
             overcommit: false,
+            deflate_on_oom: false,
         }
     }
 

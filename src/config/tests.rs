@@ -307,7 +307,8 @@ prop_compose! {
         cpus in 1..=CPUS_MAX,
         startup in 32u64..1000,
         growth in 0u64..64,
-        (huge_pages, overcommit, minimum, assigned) in (any::<bool>(), any::<bool>(), any::<bool>(), 0u64..=100),
+        (huge_pages, overcommit, deflate_on_oom) in any::<(bool, bool, bool)>(),
+        (minimum, assigned) in (any::<bool>(), 0u64..=100),
         disks in prop::collection::vec(("/[^\\p{Cc}]{0,50}", any::<bool>()), 0..8),
         nics in prop::collection::vec(("[^\\p{Cc}]{0,15}", 1..=QUEUE_PAIRS_MAX, any::<bool>()), 0..8),
     ) -> VmConfig {
@@ -320,7 +321,8 @@ prop_compose! {
             .startup_bytes(startup_bytes)
             .maximum_bytes(startup_bytes + growth * RUNTIME_MEMORY_STEP_BYTES)
             .huge_pages(huge_pages)
-            .overcommit(overcommit);
+            .overcommit(overcommit)
+            .deflate_on_oom(deflate_on_oom);
         if minimum {
             builder = builder.minimum_bytes(startup_bytes);
         }

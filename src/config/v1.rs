@@ -37,6 +37,9 @@ pub struct MemoryV1 {
     /// Left out when it is not allowed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overcommit: Option<bool>,
+    /// Left out when it is not allowed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deflate_on_oom: Option<bool>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -92,6 +95,7 @@ impl From<DocumentV1> for DocumentV2 {
                     assigned_bytes,
                     huge_pages,
                     overcommit,
+                    deflate_on_oom,
                 },
             boot,
             disks,
@@ -110,6 +114,7 @@ impl From<DocumentV1> for DocumentV2 {
                 assigned_bytes,
                 huge_pages,
                 overcommit,
+                deflate_on_oom,
             },
             boot: boot.into(),
             disks: disks.into_iter().map(DiskV2::from).collect(),
@@ -137,6 +142,7 @@ impl TryFrom<DocumentV2> for DocumentV1 {
                     assigned_bytes,
                     huge_pages,
                     overcommit,
+                    deflate_on_oom,
                 },
             boot,
             disks,
@@ -160,6 +166,7 @@ impl TryFrom<DocumentV2> for DocumentV1 {
                 assigned_bytes,
                 huge_pages,
                 overcommit,
+                deflate_on_oom,
             },
             boot: boot.into(),
             disks: disks.into_iter().map(DiskV1::from).collect(),

@@ -38,6 +38,9 @@ pub struct MemoryV2 {
     /// Left out when it is not allowed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overcommit: Option<bool>,
+    /// Left out when it is not allowed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deflate_on_oom: Option<bool>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

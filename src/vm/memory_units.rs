@@ -102,8 +102,7 @@ impl MemoryUnits {
         let config = BalloonConfig {
             ram: ram.collect(),
             plugged: runtime.map(|runtime| runtime.base()..runtime.base() + runtime.size_bytes()),
-            // A guest takes nothing back on its own: what was reached stays.
-            deflate_on_oom: false,
+            deflate_on_oom: memory.deflate_on_oom,
             // A part of a huge page cannot be given back.
             free_page_reporting: !memory.huge_pages,
         };
