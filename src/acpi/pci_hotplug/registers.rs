@@ -410,8 +410,6 @@ impl Unit for PciHotplug {
             ejected,
         } = section.decode(PCI_HOTPLUG_SCHEMA)?;
         let mut state = self.lock();
-        state.changed = changed;
-        state.eject_requests = eject_requests;
         for bdf in ejected {
             if !matches!(state.eject(bdf), Ejected::Device) {
                 return Err(RestoreError::Value {
@@ -421,6 +419,9 @@ impl Unit for PciHotplug {
                 });
             }
         }
+        // Behind the ejects, which forget what was told of their slots.
+        state.changed = changed;
+        state.eject_requests = eject_requests;
         state.select(select);
         Ok(())
     }
