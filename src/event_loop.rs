@@ -8,15 +8,16 @@
 //! and is told to the [`LoopListener`]: devices that nobody serves must not go unnoticed.
 
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use event_manager::{
-    EventManager, EventOps, EventSet, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId, SubscriberOps,
+    EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
 };
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// How many additions may wait for the loop. Guests cause them, and can do so faster than the loop serves them.
 const ADDITIONS_WAITING_MAX: usize = 1024;
@@ -60,7 +61,7 @@ pub struct EventLoop {
 /// Adds handlers to an [`EventLoop`]; cheap to clone.
 #[derive(Clone)]
 pub struct LoopHandle {
-    endpoint: RemoteEndpoint<Subscriber>,
+    commands: Commands,
     stop: Arc<AtomicBool>,
     additions_waiting_count: Arc<AtomicUsize>,
 }
@@ -90,22 +91,23 @@ impl EventLoop {
     pub fn start(name: &str, listener: Arc<dyn LoopListener>) -> Result<Self, LoopError> {
         let mut manager =
             EventManager::<Subscriber>::new().map_err(|error| LoopError::Manager(error.to_string()))?;
+        let (commands, waiting) = Commands::new(&mut manager)?;
         let stop = Arc::new(AtomicBool::new(false));
         let handle = LoopHandle {
-            endpoint: manager.remote_endpoint(),
+            commands,
             stop: stop.clone(),
             additions_waiting_count: Arc::default(),
         };
         let (end, ended) = channel();
         let run = move || {
             listener.loop_started();
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| serve(&mut manager, &stop))) {
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| serve(&mut manager, &waiting, &stop))) {
                 let words = panic.downcast_ref::<&str>().copied();
                 let words = words.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
                 listener.loop_failed(words.unwrap_or("no words"));
             }
             // The handlers go before the end is told: they hold devices, and those guest memory.
-            drop(manager);
+            drop((manager, waiting));
             drop(end);
         };
         std::thread::Builder::new()
@@ -124,19 +126,75 @@ impl EventLoop {
     }
 }
 
-fn serve(manager: &mut EventManager<Subscriber>, stop: &AtomicBool) {
+fn serve(manager: &mut EventManager<Subscriber>, waiting: &Receiver<Command>, stop: &AtomicBool) {
     while !stop.load(Ordering::Acquire) {
         if let Err(error) = manager.run() {
             log::error!("device event loop: {error}");
         }
+        // Behind the events, so that none of those that were found together is for a handler that is gone.
+        while let Ok(Command(command)) = waiting.try_recv() {
+            command(manager);
+        }
+    }
+}
+
+/// What the loop does to itself, on its own thread.
+struct Command(Box<dyn FnOnce(&mut EventManager<Subscriber>) + Send>);
+
+/// The way to the loop for other threads. The one of `event-manager` would leave its eventfd open over an `exec`.
+#[derive(Clone)]
+struct Commands {
+    sender: Sender<Command>,
+    kick: Arc<EventFd>,
+}
+
+impl Commands {
+    /// The way to `manager`, and its other end.
+    fn new(manager: &mut EventManager<Subscriber>) -> Result<(Self, Receiver<Command>), LoopError> {
+        let kick = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
+        let kick = Arc::new(kick.map_err(|error| LoopError::Manager(error.to_string()))?);
+        let source = Source {
+            fd: kick.as_raw_fd(),
+            token: 0,
+        };
+        manager.add_subscriber(Subscriber {
+            sources: vec![source],
+            handler: Arc::new(Kicked(kick.clone())),
+        });
+        let (sender, receiver) = channel();
+        Ok((Self { sender, kick }, receiver))
+    }
+
+    /// Has the loop do `command` soon, after everything fired before it.
+    fn fire(
+        &self,
+        command: impl FnOnce(&mut EventManager<Subscriber>) + Send + 'static,
+    ) -> Result<(), LoopError> {
+        let sent = self.sender.send(Command(Box::new(command)));
+        sent.map_err(|_| LoopError::Ended)?;
+        self.kick();
+        Ok(())
+    }
+
+    fn kick(&self) {
+        // Fails only when the counter is full, and then the loop wakes up all the same.
+        let _ = self.kick.write(1);
+    }
+}
+
+/// Makes the kick's eventfd unreadable again; the loop looks for commands after each round of events anyway.
+struct Kicked(Arc<EventFd>);
+
+impl EventHandler for Kicked {
+    fn readable(&self, _token: u32) {
+        let _ = self.0.read();
     }
 }
 
 impl Drop for EventLoop {
     fn drop(&mut self) {
         self.handle.stop.store(true, Ordering::Release);
-        // The kick fails only when the loop has ended already.
-        let _ = self.handle.endpoint.kick();
+        self.handle.commands.kick();
         // Told by the sender's end, also when a handler panicked.
         let _ = self.ended.lock().unwrap_or_else(PoisonError::into_inner).recv();
     }
@@ -159,14 +217,14 @@ impl LoopHandle {
             waiting_count.fetch_sub(1, Ordering::Relaxed);
             return Err(LoopError::Busy);
         }
-        let add = move |ops: &mut dyn SubscriberOps<Subscriber = Subscriber>| {
+        let add = move |manager: &mut EventManager<Subscriber>| {
             waiting_count.fetch_sub(1, Ordering::Relaxed);
-            let added = ops.add_subscriber(Subscriber { sources, handler });
+            let added = manager.add_subscriber(Subscriber { sources, handler });
             *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(added);
         };
-        self.endpoint.fire(add).map_err(|_| LoopError::Ended)?;
+        self.commands.fire(add)?;
         Ok(Registration {
-            endpoint: self.endpoint.clone(),
+            commands: self.commands.clone(),
             id,
         })
     }
@@ -176,14 +234,14 @@ impl LoopHandle {
     /// # Errors
     /// [`LoopError::Ended`].
     pub fn run_once(&self, job: impl FnOnce() + Send + 'static) -> Result<(), LoopError> {
-        self.endpoint.fire(move |_| job()).map_err(|_| LoopError::Ended)
+        self.commands.fire(move |_| job())
     }
 }
 
 /// Watched descriptors; dropping it stops the watch. The loop drops the handler soon after.
 #[must_use = "dropping the registration stops the watch"]
 pub struct Registration {
-    endpoint: RemoteEndpoint<Subscriber>,
+    commands: Commands,
     id: Arc<Mutex<Option<SubscriberId>>>,
 }
 
@@ -192,9 +250,9 @@ impl Drop for Registration {
         let id = self.id.clone();
         // Requests are served in order, so the addition has been done when this runs. When the loop has ended, its
         // handlers are gone with it.
-        let _ = self.endpoint.fire(move |ops| {
+        let _ = self.commands.fire(move |manager| {
             if let Some(id) = id.lock().unwrap_or_else(PoisonError::into_inner).take()
-                && let Err(error) = ops.remove_subscriber(id)
+                && let Err(error) = manager.remove_subscriber(id)
             {
                 log::warn!("device event loop: cannot remove a handler: {error}");
             }
@@ -234,9 +292,6 @@ impl MutEventSubscriber for Subscriber {
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc::{Sender, channel};
-
-    use std::os::fd::AsRawFd;
-    use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
     use super::*;
 
