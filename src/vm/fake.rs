@@ -3,7 +3,7 @@
 //! It answers at once. Its [`FakeControl`] plays the guest: it can end, reset or ignore the power button.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use serde_json::{Value, json};
 
@@ -27,6 +27,7 @@ pub struct FakePlatform {
 #[derive(Default)]
 pub struct FakeControl {
     behaviour: Mutex<Behaviour>,
+    changed: Condvar,
 }
 
 #[derive(Default)]
@@ -36,6 +37,8 @@ struct Behaviour {
     refuses_reset: bool,
     obeys_button: bool,
     alive_count: usize,
+    hangs: bool,
+    stopped_count: usize,
     memory: FakeMemory,
     refuses_nics: bool,
     takes_nics: bool,
@@ -126,6 +129,25 @@ impl FakeControl {
         }
     }
 
+    /// Whether the host hangs from now on when it builds, resets or adds a card.
+    pub fn hang(&self, hangs: bool) {
+        self.lock().hangs = hangs;
+        self.changed.notify_all();
+    }
+
+    /// How often vCPUs were told to stop for good.
+    pub fn stopped_count(&self) -> usize {
+        self.lock().stopped_count
+    }
+
+    /// Waits until no machine exists.
+    pub fn wait_until_none_is_alive(&self) {
+        let waited = self
+            .changed
+            .wait_while(self.lock(), |behaviour| behaviour.alive_count > 0);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+    }
+
     /// The number of machines that exist.
     pub fn alive_count(&self) -> usize {
         self.lock().alive_count
@@ -167,6 +189,12 @@ impl FakeControl {
         self.behaviour.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What the host does, once it does not hang.
+    fn host(&self) -> MutexGuard<'_, Behaviour> {
+        let waited = self.changed.wait_while(self.lock(), |behaviour| behaviour.hangs);
+        waited.unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn mailbox(&self) -> Option<Mailbox> {
         self.lock().mailbox.clone()
     }
@@ -195,7 +223,7 @@ impl Platform for FakePlatform {
     }
 
     fn build(&self, config: &VmConfig, mailbox: Mailbox) -> Result<Arc<dyn Machine>, BuildError> {
-        let mut behaviour = self.control.lock();
+        let mut behaviour = self.control.host();
         if behaviour.refuses_build {
             return Err(refused("guest memory"));
         }
@@ -229,7 +257,7 @@ impl Machine for FakeMachine {
     fn resume_units(&self) {}
 
     fn reset(&self) -> Result<(), BuildError> {
-        let mut behaviour = self.control.lock();
+        let mut behaviour = self.control.host();
         if behaviour.refuses_reset {
             Err(refused("the kernel file"))
         } else {
@@ -245,14 +273,16 @@ impl Machine for FakeMachine {
         }
     }
 
-    fn tear_down(&self) {}
+    fn tear_down(&self) {
+        self.control.lock().stopped_count += 1;
+    }
 
     fn memory(&self) -> &dyn MachineMemory {
         self
     }
 
     fn add_nic(&self, nic: &NicConfig) -> Result<(), BuildError> {
-        let mut behaviour = self.control.lock();
+        let mut behaviour = self.control.host();
         if behaviour.refuses_nics {
             return Err(refused("a network card"));
         }
@@ -362,5 +392,7 @@ impl Drop for FakeMachine {
         let mut behaviour = self.control.lock();
         behaviour.alive_count -= 1;
         behaviour.nics.clear();
+        drop(behaviour);
+        self.control.changed.notify_all();
     }
 }

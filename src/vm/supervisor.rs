@@ -50,6 +50,8 @@ pub(super) struct Supervisor {
     /// When which operation that goes on beside others has had its time.
     deadlines: BTreeSet<(Instant, OperationId)>,
     pub(super) end_cause: Option<EndCause>,
+    /// When workers are not waited for any more, of a machine that ends or a VM that goes.
+    pub(super) hung_at: Option<Instant>,
     sender: Sender<Message>,
     generation: u64,
     /// What the guest of this generation has said.
@@ -96,6 +98,7 @@ impl Supervisor {
             cards: Cards::default(),
             deadlines: BTreeSet::new(),
             end_cause: None,
+            hung_at: None,
             sender,
             generation: 0,
             notices: Arc::default(),
@@ -130,7 +133,7 @@ impl Supervisor {
     fn next_deadline(&self) -> Option<Instant> {
         let in_flight = self.flight.as_ref().and_then(|flight| flight.deadline);
         let beside = self.deadlines.first().map(|(deadline, _)| *deadline);
-        in_flight.into_iter().chain(beside).min()
+        in_flight.into_iter().chain(beside).chain(self.hung_at).min()
     }
 
     fn handle(&mut self, message: Message) {
@@ -143,9 +146,12 @@ impl Supervisor {
             Message::Query(question) => question(self),
             Message::Act(act) => act(self),
             Message::Report { generation, report } if generation == self.generation => self.report(report),
-            Message::Report { .. } => {}
+            Message::Report { report, .. } => power::reported_too_late(report),
             Message::HandlesGone => {
                 self.handles_gone = true;
+                if self.state == State::Off {
+                    power::wait_for_workers(self);
+                }
                 power::power_off(self, EndCause::HostPowerOff);
             }
         }
@@ -226,6 +232,9 @@ impl Supervisor {
             // Only operations that wait for the guest have a deadline, and nothing of them is undone.
             self.end_flight(Outcome::DeadlinePassed);
         }
+        if self.hung_at.is_some_and(|deadline| deadline <= now) {
+            power::workers_hang(self);
+        }
         while let Some(&(deadline, id)) = self.deadlines.first()
             && deadline <= now
         {
@@ -275,6 +284,11 @@ impl Supervisor {
             ok: outcome.is_done(),
             outcome: outcome.to_string(),
         });
+    }
+
+    /// Whether nobody has a handle any more.
+    pub(super) fn handles_gone(&self) -> bool {
+        self.handles_gone
     }
 
     /// The kind of the operation in flight.
@@ -347,61 +361,4 @@ impl Supervisor {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::mpsc::channel;
-
-    use super::*;
-    use crate::unit::UnitListener;
-    use crate::vm::fake::FakePlatform;
-
-    /// A supervisor that the test drives itself, with a running machine.
-    fn running(platform: &FakePlatform) -> (Supervisor, Receiver<Message>) {
-        let config = VmConfig::builder("test", "/boot/vmlinuz").build();
-        let config = Arc::new(config.expect("the configuration is valid"));
-        let (sender, receiver) = channel();
-        let platform = Arc::new(platform.clone());
-        let mut supervisor = Supervisor::new(Arc::new(Shared::new(config)), platform, None, sender);
-        let start = Request {
-            kind: OperationKind::Start,
-            within: None,
-        };
-        drop(supervisor.request(start).expect("an off vm can be started"));
-        supervisor.handle(receiver.recv().expect("the worker reports"));
-        assert_eq!(supervisor.state, State::Running);
-        (supervisor, receiver)
-    }
-
-    fn shut_down(supervisor: &mut Supervisor, within: Duration) -> Operation {
-        let request = Request {
-            kind: OperationKind::ShutDown,
-            within: Some(within),
-        };
-        supervisor
-            .request(request)
-            .expect("a running vm can be shut down")
-    }
-
-    #[test]
-    fn a_guest_that_talks_all_the_time_does_not_put_its_deadline_off() {
-        let (mut supervisor, receiver) = running(&FakePlatform::default());
-        drop(shut_down(&mut supervisor, Duration::ZERO));
-        let unit = crate::ids::UnitName::new("rng").expect("a short name");
-        supervisor.mailbox().driver_ready(&unit, true);
-        let received = supervisor.receive(&receiver);
-        assert!(matches!(received, Err(RecvTimeoutError::Timeout)), "a message");
-    }
-
-    #[test]
-    fn a_guest_that_has_obeyed_has_no_deadline_any_more() {
-        let platform = FakePlatform::default();
-        platform.control().obey_button(true);
-        let (mut supervisor, receiver) = running(&platform);
-        let operation = shut_down(&mut supervisor, Duration::from_secs(3600));
-        supervisor.handle(receiver.recv().expect("the guest obeys"));
-        assert_eq!(supervisor.state, State::Stopping);
-        let deadline = supervisor.flight.as_ref().map(|flight| flight.deadline);
-        assert_eq!(deadline, Some(None), "the operation goes on, without a deadline");
-        supervisor.handle(receiver.recv().expect("the machine is torn down"));
-        assert!(operation.outcome().is_some_and(|outcome| outcome.is_done()));
-    }
-}
+mod tests;

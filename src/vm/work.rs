@@ -1,7 +1,8 @@
 //! Work that waits for the host or a disk, done beside the supervisor: opening a backend, storing the configuration.
 //!
 //! Each work has a thread for as long as it lasts. What follows from its result is done on the supervisor's thread. A
-//! machine that a work holds is not torn down before the work is done.
+//! machine that ends is not torn down before the works are done, or given up because the host does not answer them:
+//! then what follows is done without their result, and the thread is left to itself.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -18,10 +19,16 @@ use crate::vm::supervisor::Supervisor;
 /// The works that go on.
 pub(super) struct Works {
     sender: Sender<Message>,
-    going_on: BTreeMap<u64, JoinHandle<()>>,
+    going_on: BTreeMap<u64, Work>,
     last_number: u64,
     /// The number of the last work that stored a configuration.
     stored: Arc<Mutex<u64>>,
+}
+
+struct Work {
+    thread: JoinHandle<()>,
+    /// Does what follows, without a result.
+    give_up: Box<dyn FnOnce(&mut Supervisor) + Send>,
 }
 
 impl Works {
@@ -61,17 +68,23 @@ impl Supervisor {
                 .map_err(|_| io::Error::other("the thread that did the work panicked"));
             let act = move |vm: &mut Self| {
                 vm.work_done(number);
+                // Not there any more when the work was given up.
                 if let Some(then) = take(&then_there) {
                     then(vm, result);
+                    power::tear_down_unless_held(vm);
                 }
-                power::tear_down_unless_held(vm);
             };
             // The supervisor outlives its works.
             let _ = sender.send(Message::Act(Box::new(act)));
         };
         match std::thread::Builder::new().name(name.to_owned()).spawn(body) {
             Ok(thread) => {
-                self.works.going_on.insert(number, thread);
+                let give_up = Box::new(move |vm: &mut Self| {
+                    if let Some(then) = take(&then) {
+                        then(vm, Err(io::Error::from(io::ErrorKind::TimedOut)));
+                    }
+                });
+                self.works.going_on.insert(number, Work { thread, give_up });
             }
             Err(error) => {
                 if let Some(then) = take(&then) {
@@ -82,9 +95,19 @@ impl Supervisor {
     }
 
     fn work_done(&mut self, number: u64) {
-        let thread = self.works.going_on.remove(&number);
-        if thread.is_some_and(|thread| thread.join().is_err()) {
+        let work = self.works.going_on.remove(&number);
+        if work.is_some_and(|work| work.thread.join().is_err()) {
             log::error!("a worker of the vm panicked after its report");
+        }
+    }
+
+    /// Waits no longer for the works that go on.
+    pub(super) fn give_up_works(&mut self) {
+        for (number, work) in std::mem::take(&mut self.works.going_on) {
+            log::error!(
+                "work {number} of the vm hangs: the host does not answer, nobody waits for it any more"
+            );
+            (work.give_up)(self);
         }
     }
 

@@ -5,7 +5,7 @@
 //! pause    Running ─ park vCPUs ─ pause units ─ all quiet ─ Paused
 //! reset    Running ─ park vCPUs ─ pause units ─ all quiet ─ reset (worker) ─ resume units ─ run vCPUs
 //! resume   Paused ─ resume units ─ run vCPUs ─ Running
-//! end      any ─ Stopping ─ tear down (worker) ─ Off
+//! end      any ─ Stopping ─ vCPUs stop ─ works done, or given up ─ tear down (worker) ─ Off
 //! ```
 //! vCPUs are parked before units are paused, so that no kick arrives behind a paused unit's back; units are resumed
 //! before vCPUs run, so that every interrupt is in place when the guest looks.
@@ -13,6 +13,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use crate::event::{EndCause, EventKind, ResetCause};
 use crate::state::State;
@@ -24,6 +25,9 @@ use crate::vm::ops::{memory, nic};
 use crate::vm::platform::{BuildError, Machine};
 use crate::vm::supervisor::{Halt, Supervisor};
 use crate::vm::transition::Trigger;
+
+/// How long a VM that ends waits for workers that wait for the host: a disk that hangs must not hold it.
+const HUNG_AFTER: Duration = Duration::from_secs(10);
 
 /// Off → Starting: builds the machine on a worker.
 pub fn start(vm: &mut Supervisor) {
@@ -262,7 +266,47 @@ fn end(vm: &mut Supervisor, trigger: Trigger, cause: EndCause) {
             by: "the end of the guest",
         }),
     }
+    vm.halt = None;
+    if let Some(machine) = &vm.machine {
+        // The guest does nothing any more, however long the rest takes.
+        machine.tear_down();
+    }
+    wait_for_workers(vm);
     tear_down_unless_held(vm);
+}
+
+/// Gives the workers their time from now.
+pub fn wait_for_workers(vm: &mut Supervisor) {
+    vm.hung_at = Instant::now().checked_add(HUNG_AFTER);
+}
+
+/// The workers have had their time: what they hold goes when the host answers them, and the VM goes on without.
+pub fn workers_hang(vm: &mut Supervisor) {
+    vm.hung_at = None;
+    if vm.state == State::Stopping {
+        if vm.worker.take().is_some() {
+            log::error!("the worker that prepares the vm's machine hangs: nobody waits for it any more");
+            // Its report is one of the past from now on.
+            let _ = vm.new_generation();
+        }
+        let machine = vm.machine.take();
+        vm.give_up_works();
+        vm.machine = machine;
+        tear_down(vm);
+    } else if vm.handles_gone() {
+        vm.give_up_works();
+    }
+}
+
+/// A worker has done what nobody waits for any more.
+pub fn reported_too_late(report: Report) {
+    // Letting go of a machine waits for threads, which the supervisor must not do.
+    if let Report::Built(Ok(machine)) = report {
+        let worker = std::thread::Builder::new().name("vm-teardown".to_owned());
+        if let Err(error) = worker.spawn(move || drop(machine)) {
+            log::error!("a machine that was built too late went on the supervisor's thread: {error}");
+        }
+    }
 }
 
 /// Tears the machine down unless a worker holds it still: the last of them to report comes back here.
@@ -273,7 +317,7 @@ pub fn tear_down_unless_held(vm: &mut Supervisor) {
 }
 
 fn tear_down(vm: &mut Supervisor) {
-    vm.halt = None;
+    vm.hung_at = None;
     let Some(machine) = vm.machine.take() else {
         return torn_down(vm);
     };
@@ -298,6 +342,10 @@ pub fn torn_down(vm: &mut Supervisor) {
     nic::guest_ended(vm);
     vm.step(Trigger::Done);
     vm.end_flight(Outcome::Done);
+    if vm.handles_gone() {
+        // The configuration may still be on its way to its directory.
+        wait_for_workers(vm);
+    }
 }
 
 /// Starts a worker that sends the report of `work`, or `panicked` if it panics: it runs code of the embedder's, and

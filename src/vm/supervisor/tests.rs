@@ -1,0 +1,171 @@
+//! A supervisor that the test drives itself: message by message, deadline by deadline.
+
+use std::sync::mpsc::channel;
+
+use super::*;
+use crate::unit::UnitListener;
+use crate::vm::fake::FakePlatform;
+
+/// A supervisor that the test drives itself, with a running machine.
+fn running(platform: &FakePlatform) -> (Supervisor, Receiver<Message>) {
+    let config = VmConfig::builder("test", "/boot/vmlinuz").build();
+    let config = Arc::new(config.expect("the configuration is valid"));
+    let (sender, receiver) = channel();
+    let platform = Arc::new(platform.clone());
+    let mut supervisor = Supervisor::new(Arc::new(Shared::new(config)), platform, None, sender);
+    let start = Request {
+        kind: OperationKind::Start,
+        within: None,
+    };
+    drop(supervisor.request(start).expect("an off vm can be started"));
+    supervisor.handle(receiver.recv().expect("the worker reports"));
+    assert_eq!(supervisor.state, State::Running);
+    (supervisor, receiver)
+}
+
+fn shut_down(supervisor: &mut Supervisor, within: Duration) -> Operation {
+    let request = Request {
+        kind: OperationKind::ShutDown,
+        within: Some(within),
+    };
+    supervisor
+        .request(request)
+        .expect("a running vm can be shut down")
+}
+
+#[test]
+fn a_guest_that_talks_all_the_time_does_not_put_its_deadline_off() {
+    let (mut supervisor, receiver) = running(&FakePlatform::default());
+    drop(shut_down(&mut supervisor, Duration::ZERO));
+    let unit = crate::ids::UnitName::new("rng").expect("a short name");
+    supervisor.mailbox().driver_ready(&unit, true);
+    let received = supervisor.receive(&receiver);
+    assert!(matches!(received, Err(RecvTimeoutError::Timeout)), "a message");
+}
+
+#[test]
+fn a_guest_that_has_obeyed_has_no_deadline_any_more() {
+    let platform = FakePlatform::default();
+    platform.control().obey_button(true);
+    let (mut supervisor, receiver) = running(&platform);
+    let operation = shut_down(&mut supervisor, Duration::from_secs(3600));
+    supervisor.handle(receiver.recv().expect("the guest obeys"));
+    assert_eq!(supervisor.state, State::Stopping);
+    let deadline = supervisor.flight.as_ref().map(|flight| flight.deadline);
+    assert_eq!(deadline, Some(None), "the operation goes on, without a deadline");
+    supervisor.handle(receiver.recv().expect("the machine is torn down"));
+    assert!(operation.outcome().is_some_and(|outcome| outcome.is_done()));
+}
+
+/// Handles messages until the VM is `wanted`.
+fn until(supervisor: &mut Supervisor, receiver: &Receiver<Message>, wanted: State) {
+    while supervisor.state != wanted {
+        supervisor.handle(receiver.recv().expect("somebody reports"));
+    }
+}
+
+fn power_off(supervisor: &mut Supervisor) -> Operation {
+    let request = Request {
+        kind: OperationKind::PowerOff,
+        within: None,
+    };
+    supervisor
+        .request(request)
+        .expect("the power of this vm can be cut")
+}
+
+/// Lets the time pass that workers have.
+fn workers_have_had_their_time(supervisor: &mut Supervisor) {
+    assert!(supervisor.hung_at.is_some(), "their time is counted");
+    supervisor.hung_at = Some(Instant::now());
+    supervisor.deadline_passed();
+}
+
+#[test]
+fn a_guest_stands_when_its_power_is_cut_whatever_the_host_is_busy_with() {
+    let platform = FakePlatform::default();
+    let (mut supervisor, receiver) = running(&platform);
+    platform.control().hang(true);
+    let card = crate::config::NicSpec::new("lan", "tap0");
+    let added = nic::add(&mut supervisor, card, Duration::MAX);
+    let (_, adding) = added.expect("a running vm takes cards");
+    let cut = power_off(&mut supervisor);
+    assert_eq!(
+        platform.control().stopped_count(),
+        1,
+        "the vcpus were not stopped"
+    );
+    assert_eq!(supervisor.state, State::Stopping, "the host is not done");
+    platform.control().hang(false);
+    until(&mut supervisor, &receiver, State::Off);
+    assert!(cut.outcome().is_some_and(|outcome| outcome.is_done()));
+    assert!(adding.outcome().is_some(), "every operation ends");
+    assert_eq!(platform.control().alive_count(), 0);
+}
+
+#[test]
+fn a_host_that_hangs_does_not_hold_a_vm_that_ends() {
+    let platform = FakePlatform::default();
+    let (mut supervisor, receiver) = running(&platform);
+    platform.control().hang(true);
+    let card = crate::config::NicSpec::new("lan", "tap0");
+    let added = nic::add(&mut supervisor, card, Duration::MAX);
+    let (_, adding) = added.expect("a running vm takes cards");
+    let cut = power_off(&mut supervisor);
+    workers_have_had_their_time(&mut supervisor);
+    until(&mut supervisor, &receiver, State::Off);
+    assert!(cut.outcome().is_some_and(|outcome| outcome.is_done()));
+    assert!(adding.outcome().is_some(), "every operation ends");
+    // The machine goes with the worker that holds it, whose word nobody waits for.
+    platform.control().hang(false);
+    supervisor.handle(receiver.recv().expect("the worker reports in the end"));
+    assert_eq!(supervisor.state, State::Off);
+    assert!(supervisor.cards.all().next().is_none(), "no card is left");
+}
+
+#[test]
+fn a_start_that_hangs_can_be_given_up_and_its_machine_is_not_the_next_one() {
+    let platform = FakePlatform::default();
+    let (mut supervisor, receiver) = running(&platform);
+    let _ = power_off(&mut supervisor);
+    until(&mut supervisor, &receiver, State::Off);
+    platform.control().hang(true);
+    let start = Request {
+        kind: OperationKind::Start,
+        within: None,
+    };
+    let starting = supervisor.request(start).expect("an off vm can be started");
+    let cut = power_off(&mut supervisor);
+    assert_eq!(
+        starting.outcome().map(|o| o.to_string()).as_deref(),
+        Some("overtaken by power-off")
+    );
+    workers_have_had_their_time(&mut supervisor);
+    assert_eq!(supervisor.state, State::Off);
+    assert!(cut.outcome().is_some_and(|outcome| outcome.is_done()));
+    platform.control().hang(false);
+    supervisor.handle(receiver.recv().expect("the machine is built in the end"));
+    assert!(supervisor.machine.is_none(), "it is nobody's");
+    platform.control().wait_until_none_is_alive();
+}
+
+#[test]
+fn a_reset_that_hangs_can_be_given_up() {
+    let platform = FakePlatform::default();
+    let (mut supervisor, receiver) = running(&platform);
+    platform.control().hang(true);
+    let reset = Request {
+        kind: OperationKind::Reset,
+        within: None,
+    };
+    let resetting = supervisor.request(reset).expect("a running vm can be reset");
+    while supervisor.worker.is_none() {
+        supervisor.handle(receiver.recv().expect("the vcpus and units report"));
+    }
+    let cut = power_off(&mut supervisor);
+    workers_have_had_their_time(&mut supervisor);
+    until(&mut supervisor, &receiver, State::Off);
+    assert!(resetting.outcome().is_some() && cut.outcome().is_some_and(|outcome| outcome.is_done()));
+    platform.control().hang(false);
+    platform.control().wait_until_none_is_alive();
+}
