@@ -1,7 +1,8 @@
 //! Events: what happened to a VM, typed, numbered and in order.
 //!
-//! Every subscriber has a bounded stream of its own. A subscriber that falls behind loses the oldest events and is told
-//! how many; it never slows the VM. The supervisor is the only publisher, so numbers have no gaps at the source.
+//! Every subscriber has a bounded stream of its own. A subscriber that falls behind loses events and is told how many,
+//! those first that the guest can cause as often as it likes; it never slows the VM. The supervisor is the only
+//! publisher, so numbers have no gaps at the source.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -12,7 +13,7 @@ use serde::Serialize;
 use crate::ids::{Bdf, NicName, OperationId, UnitName};
 use crate::state::State;
 
-/// The number of events a stream holds before it loses the oldest.
+/// The number of events a stream holds before it loses the oldest of the guest's, or without such the oldest.
 pub const STREAM_EVENTS_MAX: usize = 256;
 
 /// One event of a VM.
@@ -90,6 +91,31 @@ pub enum EventKind {
     NicLink { name: NicName, up: bool },
     /// This stream fell behind and lost events.
     Lost { count: u64 },
+}
+
+impl EventKind {
+    /// Whether a guest can cause such events as often as it likes. They must not drive others out.
+    const fn is_of_guest(&self) -> bool {
+        match self {
+            Self::DriverReady { .. }
+            | Self::DeviceNeedsReset { .. }
+            | Self::MemoryProgress { .. }
+            | Self::NicDriverReady { .. } => true,
+            Self::StateChanged { .. }
+            | Self::OperationBegan { .. }
+            | Self::OperationEnded { .. }
+            | Self::Ended { .. }
+            | Self::Reset { .. }
+            | Self::MemorySettled { .. }
+            | Self::NicAttached { .. }
+            | Self::NicEjectRequested { .. }
+            | Self::NicRemoved { .. }
+            | Self::NicRemoveRefused { .. }
+            | Self::NicRenamed { .. }
+            | Self::NicLink { .. }
+            | Self::Lost { .. } => false,
+        }
+    }
 }
 
 /// How a network card went.
@@ -176,7 +202,8 @@ struct Shared {
 struct Buffer {
     events: VecDeque<Event>,
     lost_count: u64,
-    last_number: u64,
+    /// The number of the last that was lost.
+    lost_number: u64,
     closed: bool,
 }
 
@@ -224,10 +251,12 @@ impl Shared {
     fn push(&self, event: Event) {
         let mut buffer = self.lock();
         if buffer.events.len() == STREAM_EVENTS_MAX {
-            buffer.events.pop_front();
-            buffer.lost_count += 1;
+            let of_guest = buffer.events.iter().position(|event| event.kind.is_of_guest());
+            if let Some(lost) = buffer.events.remove(of_guest.unwrap_or(0)) {
+                buffer.lost_count += 1;
+                buffer.lost_number = buffer.lost_number.max(lost.number);
+            }
         }
-        buffer.last_number = event.number;
         buffer.events.push_back(event);
         self.arrived.notify_all();
     }
@@ -235,14 +264,11 @@ impl Shared {
 
 impl Buffer {
     fn take(&mut self) -> Option<Event> {
-        if self.lost_count > 0 {
-            let number = self
-                .events
-                .front()
-                .map_or(self.last_number, |next| next.number - 1);
+        let next = self.events.front().map(|next| next.number);
+        if self.lost_count > 0 && next.is_none_or(|next| next > self.lost_number) {
             let count = std::mem::take(&mut self.lost_count);
             return Some(Event {
-                number,
+                number: self.lost_number,
                 kind: EventKind::Lost { count },
             });
         }
@@ -254,7 +280,7 @@ impl EventStream {
     /// The next event, waiting for it at most `within`. `None` when none came in time, or none can come any more
     /// because the VM is gone ([`EventStream::is_closed`]).
     ///
-    /// After events were lost, the next one is [`EventKind::Lost`], numbered as the last of the lost.
+    /// In the place of the last of those that were lost there is one [`EventKind::Lost`], with its number.
     pub fn next(&self, within: Duration) -> Option<Event> {
         let deadline = Instant::now().checked_add(within);
         let mut buffer = self.shared.lock();
@@ -303,6 +329,28 @@ mod tests {
         let lost = stream.next(Duration::ZERO).expect("events are waiting");
         assert_eq!((lost.number, lost.kind), (3, EventKind::Lost { count: 3 }));
         assert_eq!(stream.next(Duration::ZERO).map(|event| event.number), Some(4));
+    }
+
+    #[test]
+    fn what_a_guest_can_repeat_does_not_drive_out_what_happens_once() {
+        let mut log = EventLog::default();
+        let stream = log.subscribe();
+        let cause = ResetCause::Host;
+        log.publish(EventKind::Reset { cause });
+        (0..10 * STREAM_EVENTS_MAX).for_each(|index| log.publish(ready(index)));
+        log.publish(EventKind::Reset { cause });
+        let told: Vec<_> = std::iter::from_fn(|| stream.next(Duration::ZERO)).collect();
+        assert!(told.is_sorted_by_key(|event| event.number));
+        let resets = told
+            .iter()
+            .filter(|event| event.kind == EventKind::Reset { cause });
+        assert_eq!(resets.count(), 2);
+        let lost = told.iter().find_map(|event| match event.kind {
+            EventKind::Lost { count } => Some((event.number, count)),
+            _ => None,
+        });
+        let lost_count = (9 * STREAM_EVENTS_MAX + 2) as u64;
+        assert_eq!(lost, Some((lost_count + 1, lost_count)));
     }
 
     #[test]

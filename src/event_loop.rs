@@ -7,6 +7,7 @@
 //! Handlers call the embedder's code. A panic in one ends the loop, because what it left half done cannot be trusted,
 //! and is told to the [`LoopListener`]: devices that nobody serves must not go unnoticed.
 
+use std::any::Any;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -102,9 +103,7 @@ impl EventLoop {
         let run = move || {
             listener.loop_started();
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| serve(&mut manager, &waiting, &stop))) {
-                let words = panic.downcast_ref::<&str>().copied();
-                let words = words.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-                listener.loop_failed(words.unwrap_or("no words"));
+                listener.loop_failed(&panic_words(&*panic));
             }
             // The handlers go before the end is told: they hold devices, and those guest memory.
             drop((manager, waiting));
@@ -124,6 +123,13 @@ impl EventLoop {
     pub fn handle(&self) -> LoopHandle {
         self.handle.clone()
     }
+}
+
+/// What a panic said, in 200 characters at most: it may quote the guest.
+pub(crate) fn panic_words(panic: &(dyn Any + Send)) -> String {
+    let words = panic.downcast_ref::<&str>().copied();
+    let words = words.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    words.unwrap_or("no words").chars().take(200).collect()
 }
 
 fn serve(manager: &mut EventManager<Subscriber>, waiting: &Receiver<Command>, stop: &AtomicBool) {

@@ -19,8 +19,8 @@ pub enum RequestError {
         in_flight: OperationKind,
         state: State,
     },
-    /// The VM's supervisor is gone. Only a defect of this library makes this happen.
-    #[error("the supervisor of the vm is gone")]
+    /// There is no answer: a device, or the embedder's code behind it, panicked while it was asked, and its guest ends.
+    #[error("the vm could not answer: a device of it panicked")]
     Gone,
 }
 

@@ -38,6 +38,7 @@ struct Behaviour {
     obeys_button: bool,
     alive_count: usize,
     hangs: bool,
+    panics: bool,
     stopped_count: usize,
     memory: FakeMemory,
     refuses_nics: bool,
@@ -133,6 +134,11 @@ impl FakeControl {
     pub fn hang(&self, hangs: bool) {
         self.lock().hangs = hangs;
         self.changed.notify_all();
+    }
+
+    /// Whether a device panics from now on when it is inspected.
+    pub fn panic_when_inspected(&self, panics: bool) {
+        self.lock().panics = panics;
     }
 
     /// How often vCPUs were told to stop for good.
@@ -331,6 +337,8 @@ impl Machine for FakeMachine {
     }
 
     fn inspect(&self) -> Value {
+        let panics = self.control.lock().panics;
+        assert!(!panics, "the device panics, as the test wants");
         json!({ "fake": true })
     }
 }

@@ -233,7 +233,7 @@ impl LoopListener for Mailbox {
     }
 
     fn loop_failed(&self, words: &str) {
-        let reason = words.chars().take(200).collect();
+        let reason = words.to_owned();
         let cause = EndCause::DeviceError { reason };
         self.report(Report::Ended { cause });
     }

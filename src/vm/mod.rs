@@ -9,6 +9,7 @@ mod cards;
 mod device_set;
 mod error;
 pub mod fake;
+mod guest_events;
 pub mod host;
 mod mailbox;
 pub mod memory;

@@ -5,6 +5,7 @@
 //! their report comes back through the mailbox. Between messages it sleeps.
 
 use std::collections::BTreeSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
@@ -12,10 +13,12 @@ use std::time::{Duration, Instant};
 
 use crate::config::{StateDir, VmConfig};
 use crate::event::{EndCause, EventKind, ResetCause};
+use crate::event_loop::panic_words;
 use crate::ids::OperationId;
 use crate::state::State;
 use crate::vm::cards::Cards;
 use crate::vm::error::RequestError;
+use crate::vm::guest_events::GuestEvents;
 use crate::vm::mailbox::{Mailbox, Message, Notice, Notices, Report, Request};
 use crate::vm::operation::{Ended, Operation, OperationKind, Outcome};
 use crate::vm::ops::memory::MemoryWork;
@@ -56,6 +59,8 @@ pub(super) struct Supervisor {
     generation: u64,
     /// What the guest of this generation has said.
     notices: Arc<Notices>,
+    /// What of that is told to the VM's owner, at a bearable pace.
+    guest_events: GuestEvents,
     last_operation: u64,
     handles_gone: bool,
 }
@@ -102,6 +107,7 @@ impl Supervisor {
             sender,
             generation: 0,
             notices: Arc::default(),
+            guest_events: GuestEvents::default(),
             last_operation: 0,
             handles_gone: false,
         }
@@ -112,10 +118,20 @@ impl Supervisor {
         self.shared.own_thread();
         while !(self.handles_gone && self.state == State::Off && self.works.is_empty()) {
             match self.receive(mailbox) {
-                Ok(message) => self.handle(message),
-                Err(RecvTimeoutError::Timeout) => self.deadline_passed(),
+                Ok(message) => self.survive(|vm| vm.handle(message)),
+                Err(RecvTimeoutError::Timeout) => self.survive(Self::deadline_passed),
                 Err(RecvTimeoutError::Disconnected) => break,
             }
+        }
+    }
+
+    /// Does `act`, which may call code of the embedder's. A panic in it ends the guest by name, and whoever waits for an
+    /// answer to it is told that there is none.
+    fn survive(&mut self, act: impl FnOnce(&mut Self)) {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| act(self))) {
+            let reason = panic_words(&*panic);
+            log::error!("a device of the vm panicked on the supervisor's thread: {reason}");
+            power::guest_off(self, EndCause::DeviceError { reason });
         }
     }
 
@@ -133,7 +149,9 @@ impl Supervisor {
     fn next_deadline(&self) -> Option<Instant> {
         let in_flight = self.flight.as_ref().and_then(|flight| flight.deadline);
         let beside = self.deadlines.first().map(|(deadline, _)| *deadline);
-        in_flight.into_iter().chain(beside).chain(self.hung_at).min()
+        let held = self.guest_events.due();
+        let all = in_flight.into_iter().chain(beside).chain(self.hung_at);
+        all.chain(held).min()
     }
 
     fn handle(&mut self, message: Message) {
@@ -198,7 +216,7 @@ impl Supervisor {
         match report {
             Report::Built(result) => power::built(self, result),
             Report::VcpuParked => power::vcpu_parked(self),
-            Report::Ended { cause } => power::guest_off(self, cause),
+            Report::Ended { cause } => power::guest_ended(self, cause),
             Report::UnitsQuiet => power::units_quiet(self),
             Report::ResetDone(result) => power::reset_done(self, result),
             Report::TornDown => power::torn_down(self),
@@ -216,12 +234,19 @@ impl Supervisor {
             Notice::Memory => memory::look(self),
             Notice::DriverReady { unit, ready } => {
                 nic::driver_ready(self, &unit, ready);
-                self.publish(EventKind::DriverReady { unit, ready });
+                self.tell_of_guest(EventKind::DriverReady { unit, ready });
             }
             Notice::Ejected { bdf } => nic::ejected(self, bdf),
             Notice::NeedsReset { unit, reason } => {
-                self.publish(EventKind::DeviceNeedsReset { unit, reason });
+                self.tell_of_guest(EventKind::DeviceNeedsReset { unit, reason });
             }
+        }
+    }
+
+    /// Publishes what the guest can do as often as it likes, now or when its time has come.
+    fn tell_of_guest(&mut self, kind: EventKind) {
+        if let Some(kind) = self.guest_events.admit(Instant::now(), kind) {
+            self.publish(kind);
         }
     }
 
@@ -231,6 +256,9 @@ impl Supervisor {
         if in_flight.is_some_and(|deadline| deadline <= now) {
             // Only operations that wait for the guest have a deadline, and nothing of them is undone.
             self.end_flight(Outcome::DeadlinePassed);
+        }
+        while let Some(kind) = self.guest_events.next_due(now) {
+            self.publish(kind);
         }
         if self.hung_at.is_some_and(|deadline| deadline <= now) {
             power::workers_hang(self);
@@ -346,6 +374,7 @@ impl Supervisor {
     pub(super) fn new_generation(&mut self) -> Mailbox {
         self.generation += 1;
         self.notices = Arc::default();
+        self.guest_events = GuestEvents::default();
         self.mailbox()
     }
 

@@ -160,6 +160,44 @@ impl Platform for PanickingPlatform {
 }
 
 #[test]
+fn a_guest_that_falls_over_while_it_is_reset_is_reset() {
+    let (vm, platform) = vm();
+    done(vm.start());
+    let events = vm.events();
+    platform.control().guest(PowerRequest::Reset);
+    platform.control().vcpu_ended(EndCause::TripleFault);
+    let mut told = std::iter::from_fn(|| events.next(SOON));
+    assert!(told.any(|event| matches!(event.kind, EventKind::Reset { .. })));
+    assert!(vm.wait_for(State::Running, SOON));
+    // Without a reset on its way it is the end.
+    platform.control().vcpu_ended(EndCause::TripleFault);
+    let cause = told.find_map(|event| match event.kind {
+        EventKind::Ended { cause } => Some(cause),
+        _ => None,
+    });
+    assert_eq!(cause, Some(EndCause::TripleFault));
+}
+
+#[test]
+fn a_panic_on_the_supervisors_thread_ends_the_guest_by_name_and_nothing_else() {
+    let (vm, platform) = vm();
+    done(vm.start());
+    let events = vm.events();
+    platform.control().panic_when_inspected(true);
+    assert_eq!(vm.inspect().expect_err("there is no answer"), RequestError::Gone);
+    let ended = std::iter::from_fn(|| events.next(SOON)).find_map(|event| match event.kind {
+        EventKind::Ended { cause } => Some(cause),
+        _ => None,
+    });
+    let reason = "the device panics, as the test wants".to_owned();
+    assert_eq!(ended, Some(EndCause::DeviceError { reason }));
+    assert!(vm.wait_for(State::Off, SOON));
+    platform.control().panic_when_inspected(false);
+    done(vm.start());
+    assert!(vm.inspect().is_ok());
+}
+
+#[test]
 fn a_panic_in_a_build_fails_the_start_and_the_vm_can_still_be_dropped() {
     let vm = Vm::new(config(), Arc::new(PanickingPlatform)).expect("nothing is built yet");
     let start = vm.start().expect("an off vm can be started");

@@ -125,6 +125,16 @@ pub fn guest_off(vm: &mut Supervisor, cause: EndCause) {
     end(vm, Trigger::GuestOff, cause);
 }
 
+/// A part of the machine reports that the guest cannot go on.
+pub fn guest_ended(vm: &mut Supervisor, cause: EndCause) {
+    let resets = vm.halt.is_some_and(|halt| halt.reset.is_some());
+    // A guest that has asked for a reset may fall over anything until its vCPUs stand.
+    if cause == EndCause::TripleFault && resets {
+        return;
+    }
+    guest_off(vm, cause);
+}
+
 /// The guest asks the platform for something.
 pub fn guest_request(vm: &mut Supervisor, request: PowerRequest) {
     match request {
