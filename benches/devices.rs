@@ -110,7 +110,7 @@ fn bus(criterion: &mut Criterion) {
 fn serial(criterion: &mut Criterion) {
     let table = GsiTable::new(Arc::new(FakeVm::default()));
     let line = table.line(SERIAL_GSI).expect("the fake accepts");
-    let serial = Serial::new(line, Box::new(std::io::sink()));
+    let serial = Serial::new(line, Box::new(std::io::sink()), || ());
     let text = [
         b"The quick brown fox jumps over the lazy dog, and then again.".as_slice(),
         b"\n",

@@ -86,7 +86,7 @@ struct Watched {
 }
 
 impl HostDevices for Watched {
-    fn serial_output(&self) -> io::Result<Box<dyn Write + Send>> {
+    fn serial_output(&self, _vm: &VmConfig) -> io::Result<Box<dyn Write + Send>> {
         let reached = self.reached.clone();
         let text = String::new();
         Ok(Box::new(Console { text, reached }))

@@ -124,7 +124,7 @@ struct Ours {
 struct Port(Arc<Mutex<Option<UnixStream>>>);
 
 impl HostDevices for Port {
-    fn ports(&self) -> io::Result<Vec<HostPort>> {
+    fn ports(&self, _vm: &VmConfig) -> io::Result<Vec<HostPort>> {
         let (ours, stream) = UnixStream::pair()?;
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(ours);
         Ok(vec![HostPort {

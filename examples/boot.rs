@@ -18,7 +18,7 @@ use vm_lifecycle::vm::host::{HostDevices, KvmPlatform};
 struct Terminal;
 
 impl HostDevices for Terminal {
-    fn serial_output(&self) -> io::Result<Box<dyn Write + Send>> {
+    fn serial_output(&self, _vm: &VmConfig) -> io::Result<Box<dyn Write + Send>> {
         Ok(Box::new(io::stdout()))
     }
 }

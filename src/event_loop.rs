@@ -138,14 +138,50 @@ fn serve(manager: &mut EventManager<Subscriber>, waiting: &Receiver<Command>, st
             log::error!("device event loop: {error}");
         }
         // Behind the events, so that none of those that were found together is for a handler that is gone.
-        while let Ok(Command(command)) = waiting.try_recv() {
-            command(manager);
+        while let Ok(command) = waiting.try_recv() {
+            command.obey(manager);
         }
     }
 }
 
+/// The number that the loop gives to a handler, once it has it.
+#[derive(Clone, Default)]
+struct PlaceOfId(Arc<Mutex<Option<SubscriberId>>>);
+
 /// What the loop does to itself, on its own thread.
-struct Command(Box<dyn FnOnce(&mut EventManager<Subscriber>) + Send>);
+enum Command {
+    Add {
+        subscriber: Subscriber,
+        id: PlaceOfId,
+        waiting_count: Arc<AtomicUsize>,
+    },
+    Remove(PlaceOfId),
+    Run(Box<dyn FnOnce() + Send>),
+}
+
+impl Command {
+    fn obey(self, manager: &mut EventManager<Subscriber>) {
+        match self {
+            Self::Add {
+                subscriber,
+                id,
+                waiting_count,
+            } => {
+                waiting_count.fetch_sub(1, Ordering::Relaxed);
+                let added = manager.add_subscriber(subscriber);
+                *id.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(added);
+            }
+            Self::Remove(id) => {
+                if let Some(id) = id.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+                    && let Err(error) = manager.remove_subscriber(id)
+                {
+                    log::warn!("device event loop: cannot remove a handler: {error}");
+                }
+            }
+            Self::Run(job) => job(),
+        }
+    }
+}
 
 /// The way to the loop for other threads. The one of `event-manager` would leave its eventfd open over an `exec`.
 #[derive(Clone)]
@@ -172,11 +208,8 @@ impl Commands {
     }
 
     /// Has the loop do `command` soon, after everything fired before it.
-    fn fire(
-        &self,
-        command: impl FnOnce(&mut EventManager<Subscriber>) + Send + 'static,
-    ) -> Result<(), LoopError> {
-        let sent = self.sender.send(Command(Box::new(command)));
+    fn fire(&self, command: Command) -> Result<(), LoopError> {
+        let sent = self.sender.send(command);
         sent.map_err(|_| LoopError::Ended)?;
         self.kick();
         Ok(())
@@ -216,19 +249,17 @@ impl LoopHandle {
         sources: Vec<Source>,
         handler: Arc<dyn EventHandler>,
     ) -> Result<Registration, LoopError> {
-        let id = Arc::new(Mutex::new(None));
-        let slot = id.clone();
         let waiting_count = self.additions_waiting_count.clone();
         if waiting_count.fetch_add(1, Ordering::Relaxed) >= ADDITIONS_WAITING_MAX {
             waiting_count.fetch_sub(1, Ordering::Relaxed);
             return Err(LoopError::Busy);
         }
-        let add = move |manager: &mut EventManager<Subscriber>| {
-            waiting_count.fetch_sub(1, Ordering::Relaxed);
-            let added = manager.add_subscriber(Subscriber { sources, handler });
-            *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(added);
-        };
-        self.commands.fire(add)?;
+        let id = PlaceOfId::default();
+        self.commands.fire(Command::Add {
+            subscriber: Subscriber { sources, handler },
+            id: id.clone(),
+            waiting_count,
+        })?;
         Ok(Registration {
             commands: self.commands.clone(),
             id,
@@ -240,7 +271,7 @@ impl LoopHandle {
     /// # Errors
     /// [`LoopError::Ended`].
     pub fn run_once(&self, job: impl FnOnce() + Send + 'static) -> Result<(), LoopError> {
-        self.commands.fire(move |_| job())
+        self.commands.fire(Command::Run(Box::new(job)))
     }
 }
 
@@ -248,21 +279,14 @@ impl LoopHandle {
 #[must_use = "dropping the registration stops the watch"]
 pub struct Registration {
     commands: Commands,
-    id: Arc<Mutex<Option<SubscriberId>>>,
+    id: PlaceOfId,
 }
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        let id = self.id.clone();
-        // Requests are served in order, so the addition has been done when this runs. When the loop has ended, its
+        // Commands are obeyed in order, so the addition has been done when this is. When the loop has ended, its
         // handlers are gone with it.
-        let _ = self.commands.fire(move |manager| {
-            if let Some(id) = id.lock().unwrap_or_else(PoisonError::into_inner).take()
-                && let Err(error) = manager.remove_subscriber(id)
-            {
-                log::warn!("device event loop: cannot remove a handler: {error}");
-            }
-        });
+        let _ = self.commands.fire(Command::Remove(self.id.clone()));
     }
 }
 

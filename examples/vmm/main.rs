@@ -20,12 +20,14 @@ mod words;
 
 use std::fs::File;
 use std::io::{self, BufRead, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use vm_lifecycle::config::VmConfig;
 use vm_lifecycle::event::EventStream;
 use vm_lifecycle::vm::Vm;
 use vm_lifecycle::vm::host::{HostDevices, KvmPlatform};
@@ -38,8 +40,18 @@ struct Console {
     path: Option<PathBuf>,
 }
 
+impl Console {
+    /// Checks that the file can be written. Does not wait, as opening a pipe without a reader otherwise would.
+    fn check(&self) -> io::Result<()> {
+        let mut options = File::options();
+        options.create(true).append(true).custom_flags(libc::O_NONBLOCK);
+        self.path.as_ref().map(|path| options.open(path)).transpose()?;
+        Ok(())
+    }
+}
+
 impl HostDevices for Console {
-    fn serial_output(&self) -> io::Result<Box<dyn Write + Send>> {
+    fn serial_output(&self, _vm: &VmConfig) -> io::Result<Box<dyn Write + Send>> {
         match &self.path {
             Some(path) => Ok(Box::new(File::options().create(true).append(true).open(path)?)),
             None => Ok(Box::new(io::sink())),
@@ -67,7 +79,7 @@ fn make_vm() -> Result<Vm, Box<dyn std::error::Error>> {
     };
     // A console file that cannot be written is told now, not at the first start.
     console
-        .serial_output()
+        .check()
         .map_err(|error| format!("the console file cannot be opened: {error}"))?;
     let platform = Arc::new(KvmPlatform::new(console));
     Ok(match arguments.new_vm {
@@ -79,9 +91,10 @@ fn make_vm() -> Result<Vm, Box<dyn std::error::Error>> {
 fn serve(vm: Vm) {
     let events = vm.events();
     let printer = std::thread::spawn(move || print_events(&events));
-    for line in io::stdin().lock().lines() {
+    for line in io::stdin().lock().split(b'\n') {
         let Ok(line) = line else { break };
-        if !answer(&vm, &line) {
+        // What is not UTF-8 is no command's name: the reply says so.
+        if !answer(&vm, &String::from_utf8_lossy(&line)) {
             break;
         }
     }

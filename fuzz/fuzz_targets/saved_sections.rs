@@ -81,7 +81,7 @@ fuzz_target!(|input: Input| {
     let line = |pin| gsi.line(pin).expect("the fake refuses nothing");
     match input.target {
         Target::Serial => {
-            input.check_device(|| Serial::new(line(SERIAL_GSI), Box::new(std::io::sink())));
+            input.check_device(|| Serial::new(line(SERIAL_GSI), Box::new(std::io::sink()), || ()));
         }
         Target::Rtc => input.check_device(Rtc::new),
         Target::Acpi => input.check_device(|| AcpiDevice::new(line(GED_GSI), Arc::new(Deaf))),

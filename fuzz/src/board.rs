@@ -42,7 +42,7 @@ impl Default for Board {
         let gsi = GsiTable::new(Arc::new(FakeVm::default()));
         let line = |pin| gsi.line(pin).expect("the fake refuses nothing");
         let (pio, mmio) = (Bus::new(), Bus::new());
-        let serial = Arc::new(Serial::new(line(SERIAL_GSI), Box::new(std::io::sink())));
+        let serial = Arc::new(Serial::new(line(SERIAL_GSI), Box::new(std::io::sink()), || ()));
         let acpi = Arc::new(AcpiDevice::new(line(GED_GSI), Arc::new(Deaf)));
         let rtc = Arc::new(Rtc::new());
         let pvpanic = Arc::new(Pvpanic::new(Arc::new(Deaf)));

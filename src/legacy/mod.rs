@@ -9,3 +9,4 @@ pub mod reset_control;
 pub mod rtc;
 mod saved;
 pub mod serial;
+pub mod serial_output;

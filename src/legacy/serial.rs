@@ -1,10 +1,10 @@
 //! The first serial port (16550A): the guest's console, and where early kernel messages go.
 //!
 //! Called on vCPU threads for every byte the guest writes, and by the host with [`Serial::input`]. The registers are
-//! `vm-superio`'s. Output is collected and goes to the sink when a line ends, when [`OUTPUT_BUFFER_BYTES`] are
-//! waiting, when the guest touches a register other than data and line status (so that a prompt without a newline
-//! becomes visible as soon as the driver stops sending), and at pause, reset and drop. A sink that fails loses
-//! output; it never stops the guest.
+//! `vm-superio`'s. Output is collected and handed to the sink's thread (`serial_output.rs`) when a line ends, when
+//! [`OUTPUT_BUFFER_BYTES`] are waiting, when the guest touches a register other than data and line status (so that a
+//! prompt without a newline becomes visible as soon as the driver stops sending), and at pause, reset and drop. A sink
+//! that blocks or fails loses output; it never stops the guest.
 
 use std::convert::Infallible;
 use std::io::Write;
@@ -15,13 +15,14 @@ use vm_superio::serial::{NoEvents, Serial as Uart};
 use vm_superio::{SerialState, Trigger};
 
 use super::saved::{SERIAL_SCHEMA, SerialV1};
+use super::serial_output::{Counts, Output};
 use crate::bus::BusDevice;
 use crate::guest_log::GuestLog;
 use crate::ids::UnitName;
 use crate::machine::gsi::IrqLine;
 use crate::unit::{PauseTicket, RestoreError, SaveError, Section, Unit};
 
-/// Output is written to the sink when this many bytes are waiting.
+/// Output is handed to the sink when this many bytes are waiting.
 pub const OUTPUT_BUFFER_BYTES: usize = 256;
 /// Input that the guest has not read yet, beyond the port's own FIFO, is kept up to this size.
 pub const INPUT_PENDING_BYTES_MAX: usize = 4096;
@@ -44,14 +45,12 @@ pub struct Serial {
 }
 
 struct Inner {
-    /// Its writer holds the output that the sink has not seen.
+    /// Its writer holds the output of a line that has not ended.
     uart: Uart<Line, NoEvents, Vec<u8>>,
     line: Line,
-    sink: Box<dyn Write + Send>,
+    output: Output,
     /// Input that found no room in the FIFO, oldest first.
     input_pending: Vec<u8>,
-    output_bytes: u64,
-    lost_bytes: u64,
 }
 
 /// The port's interrupt.
@@ -68,20 +67,16 @@ impl Trigger for Line {
 }
 
 impl Serial {
-    /// Makes a port that interrupts through `line` and writes what the guest sends to `sink`.
-    ///
-    /// The sink is written on a vCPU thread: it must not block for long. A file is fine, and so is a non-blocking
-    /// pipe, whose overflow is lost; a blocking pipe that nobody reads stops the vCPU.
-    pub fn new(line: IrqLine, sink: Box<dyn Write + Send>) -> Self {
+    /// Makes a port that interrupts through `line` and writes what the guest sends to `sink`, on a thread of its own,
+    /// on which `begin` is called first. The sink may block; output that it has no room for is lost.
+    pub fn new(line: IrqLine, sink: Box<dyn Write + Send>, begin: impl FnOnce() + Send + 'static) -> Self {
         let line = Line(Arc::new(line));
         Self {
             inner: Mutex::new(Inner {
                 uart: Uart::new(line.clone(), Vec::new()),
                 line,
-                sink,
+                output: Output::new(sink, Box::new(begin)),
                 input_pending: Vec::new(),
-                output_bytes: 0,
-                lost_bytes: 0,
             }),
             log: GuestLog::new("serial"),
         }
@@ -103,8 +98,9 @@ impl Serial {
     }
 
     fn flush(&self, inner: &mut Inner) {
-        if let Err(error) = inner.flush() {
-            self.log.warn(format_args!("output is lost: {error}"));
+        if !inner.output.push(inner.uart.writer_mut()) {
+            self.log
+                .warn(format_args!("output is lost, the other end does not take it"));
         }
     }
 }
@@ -119,20 +115,6 @@ impl Inner {
         if let Ok(taken) = self.uart.enqueue_raw_bytes(&self.input_pending) {
             self.input_pending.drain(..taken);
         }
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        let waiting = self.uart.writer_mut();
-        if waiting.is_empty() {
-            return Ok(());
-        }
-        let result = self.sink.write_all(waiting).and_then(|()| self.sink.flush());
-        match result {
-            Ok(()) => self.output_bytes += waiting.len() as u64,
-            Err(_) => self.lost_bytes += waiting.len() as u64,
-        }
-        waiting.clear();
-        result
     }
 
     fn line_is_complete(&self) -> bool {
@@ -225,9 +207,13 @@ impl Unit for Serial {
 
     fn inspect(&self) -> Value {
         let inner = self.lock();
+        let Counts {
+            written_bytes,
+            lost_bytes,
+        } = inner.output.counts();
         json!({
-            "output_bytes": inner.output_bytes,
-            "lost_bytes": inner.lost_bytes,
+            "output_bytes": written_bytes,
+            "lost_bytes": lost_bytes,
             "input_pending_bytes": inner.input_pending.len() + FIFO_BYTES - inner.uart.fifo_capacity(),
         })
     }

@@ -101,7 +101,7 @@ impl<H: HostDevices + 'static> KvmPlatform<H> {
         check_vcpus(&kvm, config)?;
         let boot = open_boot(config)?;
         let mut assembly = Assembly::new(&kvm, config, &self.memory, mailbox, self.host.clone())?;
-        assembly.add_platform(self.serial_output()?)?;
+        let serial = assembly.add_platform(self.serial_output(config)?)?;
         let entropy = |source| BuildError::Host {
             what: "its source of entropy",
             source,
@@ -111,7 +111,7 @@ impl<H: HostDevices + 'static> KvmPlatform<H> {
             RNG_BDF,
             Box::new(Rng::new().map_err(entropy)?),
         )?;
-        if let Some(console) = self.console()? {
+        if let Some(console) = self.console(config)? {
             assembly.add_virtio(platform_name("console"), CONSOLE_BDF, Box::new(console))?;
         }
         assembly.add_memory(config)?;
@@ -127,11 +127,11 @@ impl<H: HostDevices + 'static> KvmPlatform<H> {
         for nic in config.nics() {
             assembly.add_nic(nic)?;
         }
-        assembly.finish(config.cpu_count(), boot)
+        assembly.finish(config.cpu_count(), boot, serial)
     }
 
-    fn serial_output(&self) -> Result<Box<dyn std::io::Write + Send>, BuildError> {
-        let output = self.host.serial_output();
+    fn serial_output(&self, config: &VmConfig) -> Result<Box<dyn std::io::Write + Send>, BuildError> {
+        let output = self.host.serial_output(config);
         output.map_err(|source| BuildError::Host {
             what: "the serial port's output",
             source,
@@ -139,12 +139,12 @@ impl<H: HostDevices + 'static> KvmPlatform<H> {
     }
 
     /// The console with its ports connected; `None` when the host gives no ports.
-    fn console(&self) -> Result<Option<Console>, BuildError> {
+    fn console(&self, config: &VmConfig) -> Result<Option<Console>, BuildError> {
         let refused = |source| BuildError::Host {
             what: "the console's ports",
             source,
         };
-        let host_ports = self.host.ports().map_err(refused)?;
+        let host_ports = self.host.ports(config).map_err(refused)?;
         if host_ports.is_empty() {
             return Ok(None);
         }
@@ -304,16 +304,18 @@ impl Assembly {
         })
     }
 
-    /// The devices that every machine has at fixed ports and addresses.
-    fn add_platform(&mut self, output: Box<dyn std::io::Write + Send>) -> Result<(), BuildError> {
+    /// The devices that every machine has at fixed ports and addresses; hands back the serial port.
+    fn add_platform(&mut self, output: Box<dyn std::io::Write + Send>) -> Result<Arc<Serial>, BuildError> {
         let power = Arc::new(self.mailbox.clone());
-        let serial = Arc::new(Serial::new(self.gsi.line(SERIAL_GSI)?, output));
+        let mailbox = self.mailbox.clone();
+        let begin = move || mailbox.own_thread();
+        let serial = Arc::new(Serial::new(self.gsi.line(SERIAL_GSI)?, output, begin));
         let rtc = Arc::new(Rtc::new());
         let i8042 = Arc::new(I8042::new(power.clone()));
         let reset_control = Arc::new(ResetControl::new(power.clone()));
         let pvpanic = Arc::new(Pvpanic::new(power));
         let pio = self.buses.pio.clone();
-        self.add(&pio, SERIAL_PORT.into(), SERIAL_PORT_COUNT.into(), serial)?;
+        self.add(&pio, SERIAL_PORT.into(), SERIAL_PORT_COUNT.into(), serial.clone())?;
         self.add(&pio, RTC_PORT.into(), RTC_PORT_COUNT.into(), rtc)?;
         self.claims.push(pio.claim(I8042_COMMAND_PORT.into(), 1, i8042)?);
         self.claims
@@ -323,7 +325,8 @@ impl Assembly {
         let (acpi, hotplug) = (self.acpi.clone(), self.hotplug.clone());
         self.add(&mmio, ACPI_REGISTERS_BASE, ACPI_DEVICE_BYTES, acpi)?;
         let hotplug_base = ACPI_REGISTERS_BASE + HOTPLUG_OFFSET;
-        self.add(&mmio, hotplug_base, PCI_HOTPLUG_BYTES, hotplug)
+        self.add(&mmio, hotplug_base, PCI_HOTPLUG_BYTES, hotplug)?;
+        Ok(serial)
     }
 
     fn add<D>(&mut self, bus: &Bus, base: u64, len: u64, device: Arc<D>) -> Result<(), BuildError>
@@ -369,7 +372,7 @@ impl Assembly {
         Ok(())
     }
 
-    fn finish(self, cpu_count: u8, boot: BootSource) -> Result<KvmMachine, BuildError> {
+    fn finish(self, cpu_count: u8, boot: BootSource, serial: Arc<Serial>) -> Result<KvmMachine, BuildError> {
         let listener = Arc::new(self.mailbox.clone());
         let count = u32::from(cpu_count);
         let mut vcpus = Vec::with_capacity(cpu_count.into());
@@ -388,6 +391,7 @@ impl Assembly {
             devices: self.devices,
             resources: self.resources,
             host: self.host,
+            serial,
             units: self.units,
             claims: self.claims,
             pci: self.pci,

@@ -279,6 +279,10 @@ impl Machine for FakeMachine {
         }
     }
 
+    fn serial_input(&self, bytes: &[u8]) -> usize {
+        bytes.len()
+    }
+
     fn tear_down(&self) {
         self.control.lock().stopped_count += 1;
     }

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 
-use crate::config::{DiskConfig, NicConfig};
+use crate::config::{DiskConfig, NicConfig, VmConfig};
 use crate::ids::PortName;
 use crate::net::NetBackend;
 use crate::net::tap::{Tap, TapError};
@@ -13,14 +13,15 @@ use crate::storage::{OpenError, RawConfig, RawDisk, RawEngine};
 pub use crate::virtio::console::PORTS_MAX;
 pub use crate::vm::builder::KvmPlatform;
 
-/// Gives devices their host side. Asked anew at each start, on a worker thread; every answer has a default, so an
-/// embedder says only what it wants otherwise.
+/// Gives devices their host side. Asked anew at each start, on a worker thread, for the VM of the configuration that it
+/// is shown: several VMs may share one. Every answer has a default, so an embedder says only what it wants otherwise.
 pub trait HostDevices: Send + Sync {
-    /// Where the serial port's output goes. Writing must not block for long: a vCPU waits for it.
+    /// Where the serial port's output goes. It is written on a thread of its own and may block; output that it has no
+    /// room for is lost and counted.
     ///
     /// # Errors
     /// The host's error; the start fails with it.
-    fn serial_output(&self) -> io::Result<Box<dyn Write + Send>> {
+    fn serial_output(&self, _vm: &VmConfig) -> io::Result<Box<dyn Write + Send>> {
         Ok(Box::new(io::sink()))
     }
 
@@ -28,7 +29,7 @@ pub trait HostDevices: Send + Sync {
     ///
     /// # Errors
     /// The host's error; the start fails with it.
-    fn ports(&self) -> io::Result<Vec<HostPort>> {
+    fn ports(&self, _vm: &VmConfig) -> io::Result<Vec<HostPort>> {
         Ok(Vec::new())
     }
 

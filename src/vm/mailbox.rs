@@ -162,7 +162,7 @@ impl Mailbox {
     }
 
     /// Makes the calling thread one of the VM's own.
-    fn own_thread(&self) {
+    pub(super) fn own_thread(&self) {
         if let Some(shared) = self.shared.upgrade() {
             shared.own_thread();
         }

@@ -212,6 +212,20 @@ impl Vm {
         self.request(OperationKind::PowerOff, None)
     }
 
+    /// Types `bytes` into the guest's serial port. Returns how many were taken: a guest that has
+    /// [`INPUT_PENDING_BYTES_MAX`](crate::legacy::serial::INPUT_PENDING_BYTES_MAX) bytes still to read takes no more, and
+    /// the rest can be offered again. A VM without a machine (Off, Starting) takes none.
+    ///
+    /// # Errors
+    /// [`RequestError::Gone`].
+    pub fn serial_input(&self, bytes: &[u8]) -> Result<usize, RequestError> {
+        let bytes = bytes.to_vec();
+        self.ask(move |supervisor| {
+            let machine = supervisor.machine.as_ref();
+            machine.map_or(0, |machine| machine.serial_input(&bytes))
+        })
+    }
+
     /// The state, as last published. It may have changed when the caller looks at it.
     pub fn state(&self) -> State {
         self.inner.shared.state().0

@@ -71,7 +71,10 @@ pub trait Machine: Send + Sync {
     /// Presses the ACPI power button.
     fn press_power_button(&self);
 
-    /// Tells every vCPU to stop for good. Dropping the machine afterwards waits for their threads.
+    /// Types `bytes` into the serial port; returns how many were taken.
+    fn serial_input(&self, bytes: &[u8]) -> usize;
+
+    /// Tells every vCPU to stop for good. May be called more than once. Dropping the machine afterwards waits for their threads.
     fn tear_down(&self);
 
     /// The guest's memory, as far as it changes at run time.

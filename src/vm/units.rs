@@ -16,6 +16,7 @@ use crate::bus::BusClaim;
 use crate::config::NicConfig;
 use crate::event_loop::EventLoop;
 use crate::ids::{Bdf, NicName, UnitName};
+use crate::legacy::serial::Serial;
 use crate::machine::memslots::Memslot;
 use crate::machine::vcpu::Vcpu;
 use crate::memory::layout::ACPI_TABLES_BASE;
@@ -39,6 +40,7 @@ pub(super) struct KvmMachine {
     pub devices: DeviceSet,
     pub resources: TransportResources,
     pub host: Arc<dyn HostDevices>,
+    pub serial: Arc<Serial>,
     /// Everything but vCPUs and virtio devices.
     pub units: Vec<Arc<dyn Unit>>,
     pub claims: Vec<BusClaim>,
@@ -122,6 +124,10 @@ impl Machine for KvmMachine {
 
     fn press_power_button(&self) {
         self.acpi.press_power_button();
+    }
+
+    fn serial_input(&self, bytes: &[u8]) -> usize {
+        self.serial.input(bytes)
     }
 
     fn tear_down(&self) {

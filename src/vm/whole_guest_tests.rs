@@ -75,11 +75,11 @@ impl TestHost {
 }
 
 impl HostDevices for TestHost {
-    fn serial_output(&self) -> io::Result<Box<dyn Write + Send>> {
+    fn serial_output(&self, _vm: &VmConfig) -> io::Result<Box<dyn Write + Send>> {
         Ok(Box::new(Console(self.console.clone())))
     }
 
-    fn ports(&self) -> io::Result<Vec<HostPort>> {
+    fn ports(&self, _vm: &VmConfig) -> io::Result<Vec<HostPort>> {
         let (ours, stream) = UnixStream::pair()?;
         *self.stream.lock().unwrap_or_else(PoisonError::into_inner) = Some(ours);
         let name = PortName::new(PORT_NAME).map_err(io::Error::other)?;

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use libtest_mimic::Failed;
 use serde_json::Value;
-use vm_lifecycle::config::{DiskConfig, DiskSpec};
+use vm_lifecycle::config::{DiskConfig, DiskSpec, VmConfig};
 use vm_lifecycle::event::{EndCause, EventKind};
 use vm_lifecycle::state::State;
 use vm_lifecycle::storage::{
@@ -127,7 +127,7 @@ impl Write for Keeper {
 }
 
 impl HostDevices for Keeper {
-    fn serial_output(&self) -> io::Result<Box<dyn Write + Send>> {
+    fn serial_output(&self, _vm: &VmConfig) -> io::Result<Box<dyn Write + Send>> {
         Ok(Box::new(self.clone()))
     }
 }

@@ -87,11 +87,11 @@ impl Write for ConsoleWriter {
 }
 
 impl HostDevices for TestHost {
-    fn serial_output(&self) -> io::Result<Box<dyn Write + Send>> {
+    fn serial_output(&self, _vm: &VmConfig) -> io::Result<Box<dyn Write + Send>> {
         Ok(Box::new(ConsoleWriter(self.console.clone())))
     }
 
-    fn ports(&self) -> io::Result<Vec<HostPort>> {
+    fn ports(&self, _vm: &VmConfig) -> io::Result<Vec<HostPort>> {
         let (ours, stream) = UnixStream::pair()?;
         let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
         streams.clear();

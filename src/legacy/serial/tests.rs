@@ -6,6 +6,7 @@ use kvm_bindings::{kvm_irq_routing_entry, kvm_userspace_memory_region};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
+use crate::legacy::serial_output::OUTPUT_WAITING_BYTES_MAX;
 use crate::machine::HostVm;
 use crate::machine::gsi::GsiTable;
 use crate::memory::layout::SERIAL_GSI;
@@ -91,7 +92,12 @@ fn serial(sink: impl Write + Send + 'static) -> (Serial, Arc<Pin>) {
     let line = GsiTable::new(pin.clone())
         .line(SERIAL_GSI)
         .expect("the pin is free");
-    (Serial::new(line, Box::new(sink)), pin)
+    (Serial::new(line, Box::new(sink), || ()), pin)
+}
+
+/// Waits until the sink has what was handed to it.
+fn written(serial: &Serial) {
+    serial.lock().output.wait_until_written();
 }
 
 fn send(serial: &Serial, text: &str) {
@@ -117,8 +123,10 @@ fn a_line_reaches_the_sink_in_one_write() {
     send(&serial, "hello");
     assert_eq!(page.text(), "");
     assert_eq!(read(&serial, LSR_OFFSET), 0x60);
+    written(&serial);
     assert_eq!(page.text(), "");
     send(&serial, "\n");
+    written(&serial);
     assert_eq!((page.text().as_str(), page.write_count()), ("hello\n", 1));
 }
 
@@ -128,8 +136,10 @@ fn output_without_a_newline_is_shown_when_the_driver_stops_or_the_buffer_is_full
     let (serial, _pin) = serial(page.clone());
     send(&serial, "login: ");
     read(&serial, IIR);
+    written(&serial);
     assert_eq!(page.text(), "login: ");
     send(&serial, &"x".repeat(OUTPUT_BUFFER_BYTES));
+    written(&serial);
     assert_eq!(
         (page.text().len(), page.write_count()),
         (7 + OUTPUT_BUFFER_BYTES, 2)
@@ -153,9 +163,57 @@ fn a_failing_sink_is_counted_and_does_not_stop_the_guest() {
     }
     let (serial, _pin) = serial(Full);
     send(&serial, "abc\n");
+    written(&serial);
     assert_eq!(serial.inspect()["lost_bytes"], 4);
     assert_eq!(serial.inspect()["output_bytes"], 0);
     assert_eq!(read(&serial, LSR_OFFSET), 0x60);
+}
+
+/// A sink that blocks until the test opens it.
+struct Blocked(std::sync::mpsc::Receiver<()>);
+
+impl Write for Blocked {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        // The other end is gone when the test lets go.
+        let _ = self.0.recv();
+        Ok(data.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_sink_that_blocks_holds_nobody_and_what_it_has_no_room_for_is_counted() {
+    let (open, blocked) = std::sync::mpsc::channel();
+    let (serial, _pin) = serial(Blocked(blocked));
+    let line = format!("{}\n", "x".repeat(OUTPUT_BUFFER_BYTES - 1));
+    let line_count = 2 * OUTPUT_WAITING_BYTES_MAX / line.len();
+    (0..line_count).for_each(|_| send(&serial, &line));
+    let lost_bytes = serial.inspect()["lost_bytes"].as_u64().expect("a number");
+    let sent_bytes = (line_count * line.len()) as u64;
+    // At most what fits twice: into the queue, and into the sink's hands before that.
+    assert!(lost_bytes > 0 && sent_bytes - lost_bytes >= OUTPUT_WAITING_BYTES_MAX as u64);
+    serial.pause(PauseTicket::new(|| ()));
+    serial.reset();
+    drop(open);
+    written(&serial);
+    let written_bytes = serial.inspect()["output_bytes"].as_u64();
+    assert_eq!(
+        written_bytes,
+        Some(sent_bytes - lost_bytes),
+        "nothing else is lost"
+    );
+}
+
+#[test]
+fn a_sink_that_blocks_for_ever_does_not_hold_the_end_of_the_port() {
+    let (open, blocked) = std::sync::mpsc::channel();
+    let (serial, _pin) = serial(Blocked(blocked));
+    send(&serial, "never\n");
+    drop(serial);
+    drop(open);
 }
 
 #[test]
@@ -184,6 +242,7 @@ fn saving_carries_registers_and_unread_input() {
     before.input(&[9; 100]);
     send(&before, "tail");
     let section = before.save().expect("the state encodes");
+    written(&before);
     assert_eq!(page.text(), "tail");
     let (after, pin) = serial(io::sink());
     after.restore(&section).expect("the state was just saved");
