@@ -1,58 +1,130 @@
-//! Many VMs in one process: all boot, all end with their handles, and the process is as it was before.
+//! Many VMs in one process: all run at once, all end with their handles, and the process is as it was before.
 //!
 //! ```text
 //! cargo run --example many -- KERNEL INITRD COUNT
 //! ```
 
-use std::fs;
-use std::sync::Arc;
+use std::error::Error;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use vm_lifecycle::config::VmConfig;
+use vm_lifecycle::config::{DiskSpec, VmConfig};
 use vm_lifecycle::event::{EndCause, EventKind};
+use vm_lifecycle::state::State;
 use vm_lifecycle::vm::Vm;
-use vm_lifecycle::vm::host::{DefaultHost, KvmPlatform};
+use vm_lifecycle::vm::host::{HostDevices, KvmPlatform};
 
 const WITHIN: Duration = Duration::from_secs(600);
-const CMDLINE: &str = "console=ttyS0 quiet loglevel=3 panic=-1 harness.modules=none harness.exit=poweroff";
+/// The guest says this on its serial port, and switches itself off when it is answered with a line.
+const GREETING: &str = "GUEST-INIT-REACHED";
+const CMDLINE: &str =
+    "console=ttyS0 quiet loglevel=3 panic=-1 harness.modules=virtio_pci,virtio_blk harness.exit=input";
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// Hears on every guest's serial port whether it is up.
+struct Consoles(Mutex<Sender<String>>);
+
+struct Console {
+    vm: String,
+    said: Vec<u8>,
+    up: Option<Sender<String>>,
+}
+
+impl HostDevices for Consoles {
+    fn serial_output(&self, vm: &VmConfig) -> io::Result<Box<dyn Write + Send>> {
+        Ok(Box::new(Console {
+            vm: vm.name().to_string(),
+            said: Vec::new(),
+            up: Some(self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()),
+        }))
+    }
+}
+
+impl Write for Console {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.said.extend_from_slice(bytes);
+        if String::from_utf8_lossy(&self.said).contains(GREETING)
+            && let Some(up) = self.up.take()
+        {
+            up.send(self.vm.clone()).map_err(io::Error::other)?;
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
     let usage = "usage: many KERNEL INITRD COUNT";
     let mut words = std::env::args().skip(1);
     let kernel = words.next().ok_or(usage)?;
     let initrd = words.next().ok_or(usage)?;
     let count: usize = words.next().ok_or(usage)?.parse()?;
+    let disks = tempfile::tempdir()?;
+    let (up, greetings) = channel();
+    let platform = Arc::new(KvmPlatform::new(Consoles(Mutex::new(up))));
+    let start = |index: usize| -> Result<Vm, Box<dyn Error>> {
+        let disk = disks.path().join(format!("{index}.img"));
+        File::create(&disk)?.set_len(8 << 20)?;
+        let config = VmConfig::builder(format!("many-{index}"), std::path::absolute(&kernel)?)
+            .initrd(std::path::absolute(&initrd)?)
+            .cmdline(CMDLINE)
+            .cpus(1 + (index % 2) as u32)
+            .startup_bytes(128 << 20)
+            .disk(DiskSpec::new("data", disk))
+            .build()?;
+        let vm = Vm::new(config, platform.clone())?;
+        let started = vm.start()?.wait(WITHIN).ok_or("a start never ended")?;
+        assert!(started.is_done(), "{started}");
+        Ok(vm)
+    };
 
     // The first VM of a process makes what all later ones share: counted before is what one VM leaves behind, once the
     // main thread is alone again.
-    drop(start(&kernel, &initrd, 0)?);
+    drop(start(0)?);
     let before = settled(|[threads, ..]| threads == 1)?;
     let inheritable = inheritable_count()?;
-    let vms = (0..count)
-        .map(|index| start(&kernel, &initrd, index))
-        .collect::<Result<Vec<_>, _>>()?;
+    let vms = (1..=count).map(start).collect::<Result<Vec<_>, _>>()?;
+    all_are_up(&greetings, count)?;
+    assert!(vms.iter().all(|vm| vm.state() == State::Running));
     println!("{count} guests run: {}", describe(counts()?));
-    // One each is not ours to close on exec: the event manager's own.
-    assert!(
-        inheritable_count()? <= inheritable + count,
+    let now = inheritable_count()?;
+    assert_eq!(
+        now, inheritable,
         "a child would inherit descriptors of the guests"
     );
 
-    // Every second guest is awaited, every other one is cut off in the middle of whatever it does.
+    // Every second guest ends by itself, every other one is cut off.
     for vm in vms.iter().step_by(2) {
         let events = vm.events();
-        while vm.state() != vm_lifecycle::state::State::Off {
-            let event = events.next(WITHIN).ok_or("a guest never ended")?;
-            if let EventKind::Ended { cause } = event.kind {
-                assert_eq!(cause, EndCause::GuestPowerOff);
-            }
-        }
+        assert_eq!(vm.serial_input(b"\n")?, 1);
+        let ended = std::iter::from_fn(|| events.next(WITHIN)).find_map(|event| match event.kind {
+            EventKind::Ended { cause } => Some(cause),
+            _ => None,
+        });
+        assert_eq!(ended, Some(EndCause::GuestPowerOff));
     }
     drop(vms);
 
     let after = settled(|now| now == before)?;
     println!("their handles are dropped: {}", describe(after));
     assert_eq!(before, after, "threads, descriptors or mappings are left behind");
+    Ok(())
+}
+
+/// Waits until each of `count` guests has greeted; the one before them was cut off, perhaps too early for that.
+fn all_are_up(greetings: &Receiver<String>, count: usize) -> Result<(), Box<dyn Error>> {
+    let mut up = std::collections::BTreeSet::new();
+    while up.len() < count {
+        let name = greetings.recv_timeout(WITHIN)?;
+        if name != "many-0" {
+            up.insert(name);
+        }
+    }
     Ok(())
 }
 
@@ -68,26 +140,11 @@ fn settled(wanted: impl Fn([usize; 3]) -> bool) -> Result<[usize; 3], std::io::E
     counts()
 }
 
-fn start(kernel: &str, initrd: &str, index: usize) -> Result<Vm, Box<dyn std::error::Error>> {
-    let config = VmConfig::builder(format!("many-{index}"), std::path::absolute(kernel)?)
-        .initrd(std::path::absolute(initrd)?)
-        .cmdline(CMDLINE)
-        .cpus(1 + (index % 2) as u32)
-        .startup_bytes(128 << 20)
-        .build()?;
-    let vm = Vm::new(config, Arc::new(KvmPlatform::new(DefaultHost)))?;
-    let started = vm.start()?.wait(WITHIN).ok_or("a start never ended")?;
-    assert!(started.is_done(), "{started}");
-    Ok(vm)
-}
-
-/// Threads, open descriptors and the guests' own mappings of this process.
+/// Threads, open descriptors and shared mappings of this process: guests' RAM and what KVM shares of vCPUs.
 fn counts() -> Result<[usize; 3], std::io::Error> {
     let entries = |folder: &str| fs::read_dir(folder).map(Iterator::count);
     let maps = fs::read_to_string("/proc/self/maps")?;
-    let guest_maps = maps
-        .lines()
-        .filter(|line| line.contains("memfd:") || line.contains("kvm-vcpu"));
+    let guest_maps = maps.lines().filter(|line| line.contains(" rw-s "));
     Ok([
         entries("/proc/self/task")?,
         entries("/proc/self/fd")?,

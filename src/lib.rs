@@ -27,3 +27,8 @@ pub mod storage;
 pub mod unit;
 pub mod virtio;
 pub mod vm;
+
+/// Compiles the example of the read-me.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct ReadMe;

@@ -39,10 +39,8 @@ impl Holdings {
     pub fn now() -> io::Result<Self> {
         let usage = Usage::of_self()?;
         let maps = fs::read_to_string("/proc/self/maps")?;
-        // The rest of the mappings are the program's own: its files, its heap.
-        let of_guests = maps
-            .lines()
-            .filter(|line| line.contains("memfd:") || line.contains("kvm-vcpu"));
+        // Guests' RAM and what KVM shares of vCPUs. The rest are the program's own: its files, its heap.
+        let of_guests = maps.lines().filter(|line| line.contains(" rw-s "));
         Ok(Self {
             threads: usage.thread_count,
             descriptors: usage.fd_count,

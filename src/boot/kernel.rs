@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use linux_loader::elf::{ELFCLASS64, EM_X86_64, Elf64_Ehdr, Elf64_Phdr, PT_LOAD};
+use linux_loader::elf::{ELFCLASS64, EM_X86_64, Elf64_Ehdr, Elf64_Phdr, PT_LOAD, PT_NOTE};
 use linux_loader::loader::bootparam::setup_header;
 use linux_loader::loader::{BzImage, Elf, KernelLoader, PvhBootCapability};
 use vm_memory::{Address, ByteValued, GuestAddress, GuestMemoryMmap};
@@ -33,6 +33,8 @@ const ENTRY_64_OFFSET: u64 = 0x200;
 const INITRD_END_MAX: u64 = 0x8000_0000;
 /// The most program headers that are looked at; kernels have less than ten.
 const PROGRAM_HEADERS_MAX: u16 = 64;
+/// The most bytes of a note segment: the loader reads a note at a time, and kernels have some hundred bytes of them.
+const NOTES_BYTES_MAX: u64 = 64 << 10;
 
 /// A kernel image that was looked at.
 #[derive(Debug)]
@@ -161,6 +163,9 @@ fn inspect_elf(file: &File) -> Result<Kernel, Fault> {
         let cut_off = "its program headers are cut off";
         let offset = offset.ok_or(Fault::Form(cut_off))?;
         read_at(file, segment.as_mut_slice(), offset, cut_off)?;
+        if segment.p_type == PT_NOTE && segment.p_filesz > NOTES_BYTES_MAX {
+            return Err(Fault::Form("its notes are longer than those of a kernel"));
+        }
         if segment.p_type != PT_LOAD {
             continue;
         }

@@ -183,7 +183,10 @@ fn what_is_no_kernel_is_refused_with_its_reason() {
     cut_off.truncate(100);
     let mut far = elf(b"kernel", None);
     far[32..40].copy_from_slice(&u64::MAX.to_le_bytes());
+    let mut endless = elf(b"kernel", Some(1));
+    endless[64 + 56 + 32..][..8].copy_from_slice(&(1u64 << 40).to_le_bytes());
     for (image, reason) in [
+        (endless, "its notes are longer than those of a kernel"),
         (b"x".to_vec(), "it is too short"),
         (vec![0; 4096], "it is neither a bzImage nor an ELF image"),
         (bzimage(old, b""), "its boot protocol is older than 2.12"),

@@ -68,7 +68,7 @@ impl StateDir {
     /// # Errors
     /// [`StateDirError::HoldsVm`], [`StateDirError::InUse`], or [`StateDirError::Io`].
     pub fn create(dir: impl Into<PathBuf>, config: &VmConfig) -> Result<Self, StateDirError> {
-        let dir = dir.into();
+        let dir = absolute(dir.into())?;
         // In the order of their drops: files go while the lock is held, and the directory goes when it is empty.
         let mut made_dir = MadeDir(None);
         match DirBuilder::new().mode(DIR_MODE).create(&dir) {
@@ -103,7 +103,7 @@ impl StateDir {
     /// # Errors
     /// [`StateDirError::NoVm`], [`StateDirError::InUse`], [`StateDirError::Document`], or [`StateDirError::Io`].
     pub fn open(dir: impl Into<PathBuf>) -> Result<(Self, VmConfig), StateDirError> {
-        let dir = dir.into();
+        let dir = absolute(dir.into())?;
         let config_path = dir.join(CONFIG_FILE);
         // Looked at before the lock, so that no lock file is left in a directory that is not a VM's.
         if !exists(&config_path)? {
@@ -257,6 +257,11 @@ fn parent(dir: &Path) -> &Path {
     }
 }
 
+/// The directory by a path that stays right when the process changes its own.
+fn absolute(dir: PathBuf) -> Result<PathBuf, StateDirError> {
+    std::path::absolute(&dir).map_err(|source| io_error("find", &dir, source))
+}
+
 fn io_error(action: &'static str, path: &Path, source: io::Error) -> StateDirError {
     StateDirError::Io {
         action,
@@ -306,6 +311,16 @@ mod tests {
         assert_eq!((state_dir.path(), found), (dir.as_path(), second));
         let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
         assert_eq!((mode(&dir), mode(&dir.join(CONFIG_FILE))), (0o700, 0o600));
+    }
+
+    #[test]
+    fn a_directory_stays_the_same_when_the_process_goes_elsewhere() {
+        let folder = tempfile::tempdir().expect("the host has a folder for temporary files");
+        let here = std::env::current_dir().expect("the test is somewhere");
+        let up: PathBuf = here.components().skip(1).map(|_| "..").collect();
+        let relative = up.join(folder.path().strip_prefix("/").expect("it is absolute"));
+        let made = StateDir::create(relative.join("vm"), &config("relative")).expect("nothing is there");
+        assert!(made.path().is_absolute(), "{}", made.path().display());
     }
 
     #[test]

@@ -27,6 +27,7 @@ pub fn trials() -> Vec<Body> {
             "boot::smp_guest_sees_all_its_cpus_and_devices",
             smp_guest_sees_all_its_cpus_and_devices,
         ),
+        Body::new("boot::guest_with_sixteen_cpus_sees_them", guest_with_sixteen_cpus),
         Body::new("boot::guest_with_six_gib_sees_them", guest_with_six_gib_sees_them),
     ]
 }
@@ -76,6 +77,13 @@ fn smp_guest_sees_all_its_cpus_and_devices() -> Result<(), Failed> {
     let complaints =
         shell.run("dmesg -r | grep -E '^<[0-3]>' | grep -v 'No config space access function found'")?;
     assert_eq!(complaints.text, "");
+    Ok(())
+}
+
+fn guest_with_sixteen_cpus() -> Result<(), Failed> {
+    let (_guest, mut shell) = Guest::boot(small("sixteen")?.cpus(16).startup_bytes(512 << 20))?;
+    assert_eq!(shell.succeed("cat /sys/devices/system/cpu/online")?, "0-15");
+    assert_eq!(shell.succeed("taskset -c 15 echo on 15")?, "on 15");
     Ok(())
 }
 

@@ -25,6 +25,7 @@ mod net;
 mod nic;
 mod nic_cycles;
 mod programs;
+mod tiny;
 mod vmm;
 
 use std::process::ExitCode;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
     }
     let bodies = [
         basics::trials(),
+        tiny::trials(),
         guest_image::trials(),
         boot::trials(),
         lifecycle::trials(),

@@ -7,6 +7,8 @@ use serde_json::Value;
 
 use crate::failure::{Context, Failure};
 use crate::paths::Paths;
+use crate::process;
+use crate::progress::step;
 
 /// An executable that cargo built.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -24,6 +26,16 @@ pub fn command(paths: &Paths) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(&paths.root);
     command
+}
+
+/// Makes sure that `cargo SUBCOMMAND` exists; a minimal toolchain comes without `component`.
+pub fn ensure_component(paths: &Paths, subcommand: &str, component: &str) -> Result<(), Failure> {
+    if process::capture(command(paths).args([subcommand, "--version"])).is_ok() {
+        return Ok(());
+    }
+    step(&format!("install {component}"), || {
+        process::run(Command::new("rustup").args(["component", "add", component]))
+    })
 }
 
 /// Runs cargo with `arguments` and lists the executables among what it built.

@@ -7,6 +7,7 @@ use std::process::Command;
 
 use crate::cargo;
 use crate::failure::{Context, Failure};
+use crate::packages;
 use crate::paths::Paths;
 use crate::process;
 use crate::progress::{note, step};
@@ -20,6 +21,7 @@ pub fn run(paths: &Paths, seconds: u32) -> Result<(), Failure> {
         note("there are no fuzz targets");
         return Ok(());
     }
+    packages::ensure(packages::FUZZ)?;
     if !paths.tools.join("bin/cargo-fuzz").exists() {
         step("install cargo-fuzz", || {
             let mut install = cargo::command(paths);

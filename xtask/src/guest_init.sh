@@ -6,6 +6,7 @@
 #     harness.port=ttyS1                     serve commands on this tty instead of a port
 #     harness.root=/dev/vda                  run that disk's own init instead, drivers loaded
 #     harness.exit=poweroff|reboot|panic|triplefault|idle    do that at once and serve no commands
+#     harness.exit=input                     switch off when a line is typed on the console
 export PATH=/bin HOME=/root TERM=dumb
 echo GUEST-INIT-REACHED
 
@@ -43,6 +44,10 @@ case $exit in
     triplefault)
         echo triple >/sys/kernel/reboot/type
         reboot -f ;;
+    input)
+        read -r _
+        poweroff -f
+        ;;
     idle) while :; do sleep 86400; done ;;
 esac
 

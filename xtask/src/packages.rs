@@ -35,6 +35,9 @@ pub const GUESTS: &[Package] = &[
     Package::new("iputils-ping", "ping"),
 ];
 
+/// Needed to build the fuzz targets: libFuzzer is C++.
+pub const FUZZ: &[Package] = &[Package::new("g++", "c++")];
+
 /// Needed to build a Debian root image.
 pub const DEBIAN_IMAGE: &[Package] = &[Package::new("mmdebstrap", "mmdebstrap")];
 
