@@ -50,6 +50,9 @@ pub enum OperationError {
     /// The machine could not be reset; the VM was switched off.
     #[error("the vm could not be reset and was switched off")]
     Reset(#[source] BuildError),
+    /// Something did not come to a stand in time: the guest goes on as if nothing had been asked.
+    #[error("{missing} after {within_seconds} s, the guest goes on")]
+    NotStanding { missing: String, within_seconds: u64 },
     /// The host refused a thread.
     #[error("the host refused a thread for {what}")]
     Thread {

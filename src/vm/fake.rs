@@ -38,6 +38,9 @@ struct Behaviour {
     obeys_button: bool,
     alive_count: usize,
     hangs: bool,
+    /// What does not stand before the host goes on.
+    parks: Vec<(Mailbox, u32)>,
+    ticket: Option<PauseTicket>,
     panics: bool,
     stopped_count: usize,
     memory: FakeMemory,
@@ -130,9 +133,13 @@ impl FakeControl {
         }
     }
 
-    /// Whether the host hangs from now on when it builds, resets or adds a card.
+    /// Whether the host hangs from now on when it builds, resets, adds a card or brings the machine to a stand.
     pub fn hang(&self, hangs: bool) {
-        self.lock().hangs = hangs;
+        let mut behaviour = self.lock();
+        behaviour.hangs = hangs;
+        let stands = if hangs { None } else { Some(behaviour.stand()) };
+        drop(behaviour);
+        drop(stands);
         self.changed.notify_all();
     }
 
@@ -207,6 +214,13 @@ impl FakeControl {
 }
 
 impl Behaviour {
+    /// Lets come to a stand what could not; the ticket is for the caller to drop.
+    fn stand(&mut self) -> Option<PauseTicket> {
+        let parks = self.parks.drain(..);
+        parks.for_each(|(mailbox, vcpu)| mailbox.vcpu_parked(vcpu));
+        self.ticket.take()
+    }
+
     fn nic(&self, unit: &UnitName) -> Option<&NicConfig> {
         self.nics.values().find(|nic| nic.unit_name() == *unit)
     }
@@ -250,17 +264,32 @@ impl Machine for FakeMachine {
         self.vcpu_count
     }
 
-    fn run_vcpus(&self) {}
+    fn run_vcpus(&self) {
+        self.control.lock().parks.clear();
+    }
 
     fn park_vcpus(&self) {
-        (0..self.vcpu_count).for_each(|_| self.mailbox.vcpu_parked());
+        let mut behaviour = self.control.lock();
+        let parks = (0..self.vcpu_count).map(|vcpu| (self.mailbox.clone(), vcpu));
+        behaviour.parks.extend(parks);
+        if !behaviour.hangs {
+            let none = behaviour.stand();
+            drop(behaviour);
+            drop(none);
+        }
     }
 
     fn pause_units(&self, ticket: PauseTicket) {
-        drop(ticket);
+        let mut behaviour = self.control.lock();
+        if behaviour.hangs {
+            behaviour.ticket = Some(ticket);
+        }
     }
 
-    fn resume_units(&self) {}
+    fn resume_units(&self) {
+        let ticket = self.control.lock().ticket.take();
+        drop(ticket);
+    }
 
     fn reset(&self) -> Result<(), BuildError> {
         let mut behaviour = self.control.host();
@@ -284,7 +313,12 @@ impl Machine for FakeMachine {
     }
 
     fn tear_down(&self) {
-        self.control.lock().stopped_count += 1;
+        let mut behaviour = self.control.lock();
+        behaviour.stopped_count += 1;
+        behaviour.parks.clear();
+        let ticket = behaviour.ticket.take();
+        drop(behaviour);
+        drop(ticket);
     }
 
     fn memory(&self) -> &dyn MachineMemory {

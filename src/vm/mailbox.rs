@@ -51,12 +51,17 @@ pub(super) struct Request {
 /// What a machine, or the worker that builds it, reports.
 pub(super) enum Report {
     Built(Result<Arc<dyn Machine>, BuildError>),
-    VcpuParked,
+    VcpuParked {
+        vcpu: u32,
+    },
     /// The guest cannot go on.
     Ended {
         cause: EndCause,
     },
-    UnitsQuiet,
+    /// Of the halt with this number.
+    UnitsQuiet {
+        halt: u64,
+    },
     ResetDone(Result<(), BuildError>),
     TornDown,
     /// The guest said something; it is in the [`Notices`].
@@ -186,8 +191,8 @@ impl Mailbox {
     }
 
     /// A vCPU that was told to park stands still now.
-    pub fn vcpu_parked(&self) {
-        self.report(Report::VcpuParked);
+    pub fn vcpu_parked(&self, vcpu: u32) {
+        self.report(Report::VcpuParked { vcpu });
     }
 
     /// A vCPU ended by itself and will not run again.
@@ -212,8 +217,8 @@ impl VcpuListener for Mailbox {
         self.own_thread();
     }
 
-    fn parked(&self, _vcpu: u32) {
-        self.vcpu_parked();
+    fn parked(&self, vcpu: u32) {
+        self.vcpu_parked(vcpu);
     }
 
     fn exited(&self, vcpu: u32, reason: VcpuExitReason) {

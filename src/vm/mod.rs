@@ -10,6 +10,7 @@ mod device_set;
 mod error;
 pub mod fake;
 mod guest_events;
+mod halt;
 pub mod host;
 mod mailbox;
 pub mod memory;

@@ -53,7 +53,7 @@ pub trait Machine: Send + Sync {
     /// Lets every vCPU run.
     fn run_vcpus(&self);
 
-    /// Makes every vCPU stand still soon; each reports [`Mailbox::vcpu_parked`] once.
+    /// Makes every vCPU stand still soon; each reports [`Mailbox::vcpu_parked`].
     fn park_vcpus(&self);
 
     /// Pauses every unit; called when all vCPUs are parked. Each keeps a clone of `ticket` until it is quiet.

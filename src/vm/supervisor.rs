@@ -19,6 +19,7 @@ use crate::state::State;
 use crate::vm::cards::Cards;
 use crate::vm::error::RequestError;
 use crate::vm::guest_events::GuestEvents;
+use crate::vm::halt::Halt;
 use crate::vm::mailbox::{Mailbox, Message, Notice, Notices, Report, Request};
 use crate::vm::operation::{Ended, Operation, OperationKind, Outcome};
 use crate::vm::ops::memory::MemoryWork;
@@ -53,6 +54,8 @@ pub(super) struct Supervisor {
     /// When which operation that goes on beside others has had its time.
     deadlines: BTreeSet<(Instant, OperationId)>,
     pub(super) end_cause: Option<EndCause>,
+    /// Counts the halts.
+    pub(super) last_halt: u64,
     /// When workers are not waited for any more, of a machine that ends or a VM that goes.
     pub(super) hung_at: Option<Instant>,
     sender: Sender<Message>,
@@ -69,15 +72,6 @@ pub(super) struct Supervisor {
 pub(super) struct Flight {
     pub operation: Operation,
     pub deadline: Option<Instant>,
-}
-
-/// Why the machine is being brought to a stand.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Halt {
-    /// vCPUs that have not reported yet.
-    pub running_vcpu_count: u32,
-    /// Whether a reset is to be done while everything stands.
-    pub reset: Option<ResetCause>,
 }
 
 impl Supervisor {
@@ -103,6 +97,7 @@ impl Supervisor {
             cards: Cards::default(),
             deadlines: BTreeSet::new(),
             end_cause: None,
+            last_halt: 0,
             hung_at: None,
             sender,
             generation: 0,
@@ -150,8 +145,9 @@ impl Supervisor {
         let in_flight = self.flight.as_ref().and_then(|flight| flight.deadline);
         let beside = self.deadlines.first().map(|(deadline, _)| *deadline);
         let held = self.guest_events.due();
+        let halted = self.halt.as_ref().and_then(Halt::deadline);
         let all = in_flight.into_iter().chain(beside).chain(self.hung_at);
-        all.chain(held).min()
+        all.chain(held).chain(halted).min()
     }
 
     fn handle(&mut self, message: Message) {
@@ -215,9 +211,9 @@ impl Supervisor {
     fn report(&mut self, report: Report) {
         match report {
             Report::Built(result) => power::built(self, result),
-            Report::VcpuParked => power::vcpu_parked(self),
+            Report::VcpuParked { vcpu } => power::vcpu_parked(self, vcpu),
             Report::Ended { cause } => power::guest_ended(self, cause),
-            Report::UnitsQuiet => power::units_quiet(self),
+            Report::UnitsQuiet { halt } => power::units_quiet(self, halt),
             Report::ResetDone(result) => power::reset_done(self, result),
             Report::TornDown => power::torn_down(self),
             Report::Noticed => self
@@ -259,6 +255,10 @@ impl Supervisor {
         }
         while let Some(kind) = self.guest_events.next_due(now) {
             self.publish(kind);
+        }
+        let halted = self.halt.as_ref().and_then(Halt::deadline);
+        if halted.is_some_and(|deadline| deadline <= now) {
+            power::give_up_halt(self);
         }
         if self.hung_at.is_some_and(|deadline| deadline <= now) {
             power::workers_hang(self);

@@ -273,6 +273,7 @@ fn play(vm: &Vm, platform: &FakePlatform, step: u8, operations: &mut Vec<Operati
         9 => return control.vcpu_ended(EndCause::TripleFault),
         10 => return control.refuse(true, true),
         11 => return control.refuse(false, false),
+        12 | 13 => return control.hang(step == 12),
         _ => return control.obey_button(step.is_multiple_of(2)),
     };
     operations.extend(request.ok());
@@ -283,7 +284,7 @@ proptest! {
 
     #[test]
     fn whatever_is_asked_every_operation_ends_once_and_power_off_ends_in_off(
-        steps in prop::collection::vec(0u8..14, 0..40),
+        steps in prop::collection::vec(0u8..16, 0..40),
     ) {
         let (vm, platform) = vm();
         let events = vm.events();
@@ -291,6 +292,7 @@ proptest! {
         for step in steps {
             play(&vm, &platform, step, &mut operations);
         }
+        platform.control().hang(false);
         operations.extend(vm.power_off().ok());
         prop_assert!(vm.wait_for(State::Off, SOON), "{}", vm.state());
         vm.status().expect("the supervisor lives");

@@ -131,12 +131,16 @@ impl Bench {
     fn pause(&self) {
         self.machine.park_vcpus();
         for _ in 0..self.machine.vcpu_count() {
-            self.wait("a parked vcpu", |report| matches!(report, Report::VcpuParked));
+            self.wait("a parked vcpu", |report| {
+                matches!(report, Report::VcpuParked { .. })
+            });
         }
         let mailbox = self.mailbox.clone();
-        let ticket = PauseTicket::new(move || mailbox.report(Report::UnitsQuiet));
+        let ticket = PauseTicket::new(move || mailbox.report(Report::UnitsQuiet { halt: 1 }));
         self.machine.pause_units(ticket);
-        self.wait("quiet units", |report| matches!(report, Report::UnitsQuiet));
+        self.wait("quiet units", |report| {
+            matches!(report, Report::UnitsQuiet { .. })
+        });
     }
 
     fn wait(&self, what: &str, wanted: impl Fn(&Report) -> bool) {

@@ -7,6 +7,7 @@
 //! resume   Paused ─ resume units ─ run vCPUs ─ Running
 //! end      any ─ Stopping ─ vCPUs stop ─ works done, or given up ─ tear down (worker) ─ Off
 //! ```
+//! A pause or reset for which something does not come to a stand in time is given up, and the guest goes on.
 //! vCPUs are parked before units are paused, so that no kick arrives behind a paused unit's back; units are resumed
 //! before vCPUs run, so that every interrupt is in place when the guest looks.
 
@@ -19,11 +20,12 @@ use crate::event::{EndCause, EventKind, ResetCause};
 use crate::state::State;
 use crate::unit::{PauseTicket, PowerRequest};
 use crate::vm::error::OperationError;
+use crate::vm::halt::{HALT_WITHIN, Halt};
 use crate::vm::mailbox::Report;
 use crate::vm::operation::{OperationKind, Outcome};
 use crate::vm::ops::{memory, nic};
 use crate::vm::platform::{BuildError, Machine};
-use crate::vm::supervisor::{Halt, Supervisor};
+use crate::vm::supervisor::Supervisor;
 use crate::vm::transition::Trigger;
 
 /// How long a VM that ends waits for workers that wait for the host: a disk that hangs must not hold it.
@@ -98,11 +100,8 @@ pub fn resume(vm: &mut Supervisor) {
 /// Brings the machine to a stand for a reset; a paused machine stands already.
 pub fn reset(vm: &mut Supervisor, cause: ResetCause) {
     if vm.state == State::Paused {
-        vm.halt = Some(Halt {
-            running_vcpu_count: 0,
-            reset: Some(cause),
-        });
-        units_quiet(vm);
+        let number = new_halt(vm, 0, Some(cause));
+        units_quiet(vm, number);
     } else {
         halt(vm, Some(cause));
     }
@@ -127,7 +126,7 @@ pub fn guest_off(vm: &mut Supervisor, cause: EndCause) {
 
 /// A part of the machine reports that the guest cannot go on.
 pub fn guest_ended(vm: &mut Supervisor, cause: EndCause) {
-    let resets = vm.halt.is_some_and(|halt| halt.reset.is_some());
+    let resets = vm.halt.as_ref().is_some_and(|halt| halt.reset.is_some());
     // A guest that has asked for a reset may fall over anything until its vCPUs stand.
     if cause == EndCause::TripleFault && resets {
         return;
@@ -160,30 +159,57 @@ fn guest_reset(vm: &mut Supervisor) {
 }
 
 fn halt(vm: &mut Supervisor, reset: Option<ResetCause>) {
-    let Some(machine) = &vm.machine else { return };
-    vm.halt = Some(Halt {
-        running_vcpu_count: machine.vcpu_count(),
-        reset,
-    });
+    let Some(machine) = vm.machine.clone() else { return };
+    new_halt(vm, machine.vcpu_count(), reset);
     machine.park_vcpus();
 }
 
+fn new_halt(vm: &mut Supervisor, vcpu_count: u32, reset: Option<ResetCause>) -> u64 {
+    vm.last_halt += 1;
+    vm.halt = Some(Halt::new(vm.last_halt, vcpu_count, reset));
+    vm.last_halt
+}
+
+/// Something does not come to a stand: the guest goes on, and who asked for the stand is told.
+pub fn give_up_halt(vm: &mut Supervisor) {
+    let (Some(halt), Some(machine)) = (vm.halt.take(), vm.machine.clone()) else {
+        return;
+    };
+    let error = OperationError::NotStanding {
+        missing: halt.missing(),
+        within_seconds: HALT_WITHIN.as_secs(),
+    };
+    // From Pausing by way of Resuming; a reset has not left Running.
+    vm.step(Trigger::Failed);
+    machine.resume_units();
+    machine.run_vcpus();
+    if vm.state == State::Resuming {
+        vm.step(Trigger::Done);
+    }
+    vm.end_flight(Outcome::Failed(Arc::new(error)));
+}
+
 /// One more vCPU stands still; with the last one the units' turn has come.
-pub fn vcpu_parked(vm: &mut Supervisor) {
+pub fn vcpu_parked(vm: &mut Supervisor, vcpu: u32) {
     let (Some(halt), Some(machine)) = (&mut vm.halt, &vm.machine) else {
         return;
     };
-    halt.running_vcpu_count = halt.running_vcpu_count.saturating_sub(1);
-    if halt.running_vcpu_count == 0 {
+    if halt.vcpu_stands(vcpu) {
+        let (number, machine) = (halt.number, machine.clone());
         let mailbox = vm.mailbox();
-        machine.pause_units(PauseTicket::new(move || mailbox.report(Report::UnitsQuiet)));
+        let tell = move || mailbox.report(Report::UnitsQuiet { halt: number });
+        machine.pause_units(PauseTicket::new(tell));
     }
 }
 
 /// Everything stands.
-pub fn units_quiet(vm: &mut Supervisor) {
-    let Some(halt) = vm.halt else { return };
-    let Some(machine) = vm.machine.clone() else { return };
+pub fn units_quiet(vm: &mut Supervisor, number: u64) {
+    let (Some(halt), Some(machine)) = (&mut vm.halt, vm.machine.clone()) else {
+        return;
+    };
+    if !halt.units_are_quiet(number) {
+        return;
+    }
     if halt.reset.is_none() {
         return stand(vm);
     }
@@ -213,7 +239,11 @@ pub fn reset_done(vm: &mut Supervisor, result: Result<(), BuildError>) {
         (_, State::Stopping) => tear_down_unless_held(vm),
         (Err(error), _) => fail_reset(vm, OperationError::Reset(error)),
         (Ok(()), _) => {
-            let cause = vm.halt.and_then(|halt| halt.reset).unwrap_or(ResetCause::Host);
+            let cause = vm
+                .halt
+                .as_ref()
+                .and_then(|halt| halt.reset)
+                .unwrap_or(ResetCause::Host);
             vm.publish(EventKind::Reset { cause });
             memory::started(vm);
             nic::gone_with_reset(vm);

@@ -81,6 +81,66 @@ fn workers_have_had_their_time(supervisor: &mut Supervisor) {
     supervisor.deadline_passed();
 }
 
+fn ask(supervisor: &mut Supervisor, kind: OperationKind) -> Operation {
+    let request = Request { kind, within: None };
+    supervisor.request(request).expect("the state allows it")
+}
+
+#[test]
+fn a_pause_for_which_not_everything_stands_is_given_up_and_the_next_one_is_not_mistaken_for_it() {
+    let platform = FakePlatform::default();
+    let (mut supervisor, receiver) = running(&platform);
+    // First the vCPUs do not stand, then the units.
+    for (hangs_from_the_start, missing) in [
+        (true, "1 vcpus still run"),
+        (false, "a device still waits for the host"),
+    ] {
+        platform.control().hang(hangs_from_the_start);
+        let pausing = ask(&mut supervisor, OperationKind::Pause);
+        assert_eq!(supervisor.state, State::Pausing);
+        if !hangs_from_the_start {
+            platform.control().hang(true);
+            supervisor.handle(receiver.recv().expect("the vcpu reports"));
+        }
+        supervisor.halt.as_mut().expect("the halt goes on").expire();
+        supervisor.deadline_passed();
+        assert_eq!(supervisor.state, State::Running);
+        let outcome = pausing.outcome().map(|outcome| outcome.to_string());
+        assert_eq!(outcome, Some(format!("{missing} after 60 s, the guest goes on")));
+    }
+    // The quiet units of the second are told of now, and are nobody's.
+    platform.control().hang(false);
+    let pausing = ask(&mut supervisor, OperationKind::Pause);
+    until(&mut supervisor, &receiver, State::Paused);
+    assert!(pausing.outcome().is_some_and(|outcome| outcome.is_done()));
+}
+
+#[test]
+fn a_reset_for_which_not_everything_stands_is_given_up_unless_the_guest_wants_it() {
+    let platform = FakePlatform::default();
+    let (mut supervisor, receiver) = running(&platform);
+    platform.control().hang(true);
+    let resetting = ask(&mut supervisor, OperationKind::Reset);
+    supervisor.halt.as_mut().expect("the halt goes on").expire();
+    supervisor.deadline_passed();
+    assert_eq!((supervisor.state, supervisor.in_flight()), (State::Running, None));
+    assert!(resetting.outcome().is_some_and(|outcome| !outcome.is_done()));
+    platform.control().guest(crate::unit::PowerRequest::Reset);
+    supervisor.handle(receiver.recv().expect("the guest asks"));
+    supervisor.halt.as_mut().expect("the halt goes on").expire();
+    supervisor.deadline_passed();
+    assert_eq!(
+        supervisor.in_flight(),
+        Some(OperationKind::Reset),
+        "it was given up"
+    );
+    platform.control().hang(false);
+    while supervisor.in_flight().is_some() {
+        supervisor.handle(receiver.recv().expect("the machine reports"));
+    }
+    assert_eq!(supervisor.state, State::Running);
+}
+
 #[test]
 fn a_guest_stands_when_its_power_is_cut_whatever_the_host_is_busy_with() {
     let platform = FakePlatform::default();
@@ -153,15 +213,15 @@ fn a_start_that_hangs_can_be_given_up_and_its_machine_is_not_the_next_one() {
 fn a_reset_that_hangs_can_be_given_up() {
     let platform = FakePlatform::default();
     let (mut supervisor, receiver) = running(&platform);
-    platform.control().hang(true);
     let reset = Request {
         kind: OperationKind::Reset,
         within: None,
     };
     let resetting = supervisor.request(reset).expect("a running vm can be reset");
-    while supervisor.worker.is_none() {
-        supervisor.handle(receiver.recv().expect("the vcpus and units report"));
-    }
+    supervisor.handle(receiver.recv().expect("the vcpu reports"));
+    platform.control().hang(true);
+    supervisor.handle(receiver.recv().expect("the units report"));
+    assert!(supervisor.worker.is_some(), "the machine is being reset");
     let cut = power_off(&mut supervisor);
     workers_have_had_their_time(&mut supervisor);
     until(&mut supervisor, &receiver, State::Off);
