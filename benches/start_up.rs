@@ -1,7 +1,9 @@
 //! From exec of a small VMM process to the guest's init, beside QEMU in the same run: wall time and VM exits.
 //!
 //! Debian's cloud kernel, one vCPU, 256 MiB, a serial console and no other device: the example `boot` and QEMU's
-//! `microvm` by PVH (the ELF image) and as bzImage, and QEMU's `q35`. Everything that is read lies in memory.
+//! `microvm`, each with the ELF image (which QEMU enters by PVH) and the bzImage, and QEMU's `q35`. Everything that is
+//! read lies in memory. Each is compared with the `microvm` that starts the same image, and with the one that starts the
+//! bzImage, which is the image that Debian ships.
 
 #[path = "../tests/harness/mod.rs"]
 mod harness;
@@ -21,6 +23,7 @@ use harness::qemu;
 use harness::resources::KvmVms;
 
 const CMDLINE: &str = "console=ttyS0 quiet loglevel=3 panic=-1 harness.modules=none harness.exit=idle";
+const MICROVM_BZIMAGE: &str = "microvm, bzImage";
 /// The counters that are worth a column: KVM's name and ours.
 const COLUMNS: [(&str, &str); 7] = [
     ("exits", "exits"),
@@ -99,13 +102,13 @@ fn subjects(folder: &Path) -> Result<Vec<Subject>, Box<dyn Error>> {
         subject("microvm, ELF", None, Box::new(qemu(MICROVM, &kernel.elf))),
         subject(
             "ours, bzImage",
-            Some("microvm, bzImage"),
+            Some(MICROVM_BZIMAGE),
             Box::new(ours(&kernel.bzimage)),
         ),
-        subject("microvm, bzImage", None, Box::new(qemu(MICROVM, &kernel.bzimage))),
+        subject(MICROVM_BZIMAGE, None, Box::new(qemu(MICROVM, &kernel.bzimage))),
         subject(
             "q35, bzImage",
-            Some("microvm, bzImage"),
+            Some(MICROVM_BZIMAGE),
             Box::new(qemu("q35", &kernel.bzimage)),
         ),
     ])
@@ -167,7 +170,8 @@ impl Subject {
 fn show(subjects: &[Subject]) {
     let mut header = vec!["exec to init, medians".to_string(), "seconds".to_string()];
     header.extend(COLUMNS.iter().map(|(_, title)| (*title).to_string()));
-    header.extend(["time", "exits"].map(|title| format!("{title} to peer")));
+    header.extend(["time to peer", "exits to peer", "time to microvm, bzImage"].map(str::to_string));
+    let common = subjects.iter().find(|subject| subject.name == MICROVM_BZIMAGE);
     let mut rows = vec![header];
     for subject in subjects {
         let mut row = vec![subject.name.to_string(), format!("{:.2}", subject.seconds())];
@@ -177,9 +181,10 @@ fn show(subjects: &[Subject]) {
                 .map(|(counter, _)| format!("{:.0}", subject.count(counter))),
         );
         let peer = subjects.iter().find(|peer| Some(peer.name) == subject.peer);
-        if let Some(peer) = peer {
+        if let (Some(peer), Some(common)) = (peer, common) {
             row.push(report::ratio(subject.seconds(), peer.seconds()));
             row.push(report::ratio(subject.count("exits"), peer.count("exits")));
+            row.push(report::ratio(subject.seconds(), common.seconds()));
         }
         rows.push(row);
     }

@@ -1,9 +1,10 @@
 //! Kernel images: what they are, whether they fit, and loading them.
 //!
 //! Two formats: a bzImage is entered by the Linux 64-bit boot protocol (Linux `Documentation/arch/x86/boot.rst`,
-//! protocol 2.12 or later), an ELF image by PVH where it has the note and by the 64-bit protocol otherwise. The file
-//! is untrusted: everything that the loader does not check (the memory that the kernel needs to unpack itself, its
-//! zero-initialized part) is checked here before anything is written.
+//! protocol 2.12 or later), an ELF image by the same protocol where its notes say that it is Linux, else by PVH where
+//! it has that note (`docs/decisions/0008-linux-images-are-entered-in-64-bit-mode.md`). The file is untrusted: everything
+//! that the loader does not check (the memory that the kernel needs to unpack itself, its zero-initialized part) is
+//! checked here before anything is written.
 
 use std::fs::File;
 use std::io;
@@ -35,6 +36,8 @@ const INITRD_END_MAX: u64 = 0x8000_0000;
 const PROGRAM_HEADERS_MAX: u16 = 64;
 /// The most bytes of a note segment: the loader reads a note at a time, and kernels have some hundred bytes of them.
 const NOTES_BYTES_MAX: u64 = 64 << 10;
+/// The owner of the notes that only Linux writes.
+const LINUX_NOTE_OWNER: &[u8] = b"Linux\0";
 
 /// A kernel image that was looked at.
 #[derive(Debug)]
@@ -51,7 +54,7 @@ pub(super) struct Kernel {
 #[derive(Debug)]
 enum Format {
     BzImage { header: setup_header },
-    Elf,
+    Elf { is_linux: bool },
 }
 
 /// Why an image cannot be used.
@@ -98,14 +101,16 @@ impl Kernel {
                 };
                 Ok((entry, loaded.setup_header.unwrap_or(*header)))
             }
-            Format::Elf => {
+            Format::Elf { is_linux } => {
                 let loaded = Elf::load(memory, None, &mut file, None)?;
                 let entry = match loaded.pvh_boot_cap {
-                    PvhBootCapability::PvhEntryPresent(address) => BootEntry {
+                    PvhBootCapability::PvhEntryPresent(address) if !is_linux => BootEntry {
                         protocol: BootProtocol::Pvh,
                         address: address.raw_value(),
                     },
-                    PvhBootCapability::PvhEntryNotPresent | PvhBootCapability::PvhEntryIgnored => BootEntry {
+                    PvhBootCapability::PvhEntryPresent(_)
+                    | PvhBootCapability::PvhEntryNotPresent
+                    | PvhBootCapability::PvhEntryIgnored => BootEntry {
                         protocol: BootProtocol::Linux64,
                         address: loaded.kernel_load.raw_value(),
                     },
@@ -156,18 +161,20 @@ fn inspect_elf(file: &File) -> Result<Kernel, Fault> {
     if usize::from(header.e_phentsize) != size_of::<Elf64_Phdr>() || header.e_phnum > PROGRAM_HEADERS_MAX {
         return Err(Fault::Form("its program headers are not those of a kernel"));
     }
-    let mut end = 0;
+    let (mut end, mut is_linux) = (0, false);
     for number in 0..u64::from(header.e_phnum) {
         let mut segment = Elf64_Phdr::default();
         let offset = header.e_phoff.checked_add(number * u64::from(header.e_phentsize));
         let cut_off = "its program headers are cut off";
         let offset = offset.ok_or(Fault::Form(cut_off))?;
         read_at(file, segment.as_mut_slice(), offset, cut_off)?;
-        if segment.p_type == PT_NOTE && segment.p_filesz > NOTES_BYTES_MAX {
-            return Err(Fault::Form("its notes are longer than those of a kernel"));
-        }
-        if segment.p_type != PT_LOAD {
-            continue;
+        match segment.p_type {
+            PT_LOAD => {}
+            PT_NOTE => {
+                is_linux |= has_linux_notes(file, &segment)?;
+                continue;
+            }
+            _ => continue,
         }
         if segment.p_paddr < HIGH_MEMORY_START {
             return Err(Fault::Form("it wants to be loaded below 1 MiB"));
@@ -179,11 +186,32 @@ fn inspect_elf(file: &File) -> Result<Kernel, Fault> {
         return Err(Fault::Form("it has nothing to load"));
     }
     Ok(Kernel {
-        format: Format::Elf,
+        format: Format::Elf { is_linux },
         end,
         initrd_end_max: INITRD_END_MAX,
         cmdline_max_bytes: CMDLINE_MAX_BYTES,
     })
+}
+
+/// Whether there is a note of Linux's own among those of `segment` (Linux `include/linux/elfnote.h`).
+fn has_linux_notes(file: &File, segment: &Elf64_Phdr) -> Result<bool, Fault> {
+    if segment.p_filesz > NOTES_BYTES_MAX {
+        return Err(Fault::Form("its notes are longer than those of a kernel"));
+    }
+    let mut notes = vec![0; segment.p_filesz as usize];
+    read_at(file, &mut notes, segment.p_offset, "its notes are cut off")?;
+    let mut rest = notes.as_slice();
+    // Sizes of name and description, type, then both, each filled up to four bytes.
+    while let Some((&[n0, n1, n2, n3, d0, d1, d2, d3, _, _, _, _], after)) = rest.split_first_chunk() {
+        let name_bytes = u32::from_le_bytes([n0, n1, n2, n3]) as usize;
+        let description_bytes = u32::from_le_bytes([d0, d1, d2, d3]) as usize;
+        if after.get(..name_bytes) == Some(LINUX_NOTE_OWNER) {
+            return Ok(true);
+        }
+        let note_bytes = name_bytes.next_multiple_of(4) + description_bytes.next_multiple_of(4);
+        rest = after.get(note_bytes..).unwrap_or_default();
+    }
+    Ok(false)
 }
 
 /// An ELF image has no setup header: the least that the kernel looks at.

@@ -51,6 +51,17 @@ fn bzimage(header: setup_header, kernel: &[u8]) -> Vec<u8> {
 
 /// An ELF image with `kernel` at [`KERNEL_ADDRESS`] and, where given, a PVH note.
 fn elf(kernel: &[u8], pvh_entry: Option<u32>) -> Vec<u8> {
+    let note = match pvh_entry {
+        Some(entry) => [4u32, 4, 18, u32::from_le_bytes(*b"Xen\0"), entry]
+            .map(u32::to_le_bytes)
+            .concat(),
+        None => Vec::new(),
+    };
+    elf_with_notes(kernel, &note)
+}
+
+/// An ELF image with `kernel` at [`KERNEL_ADDRESS`] and these notes.
+fn elf_with_notes(kernel: &[u8], notes: &[u8]) -> Vec<u8> {
     let mut image = b"\x7FELF\x02\x01\x01".to_vec();
     image.resize(16, 0);
     image.extend([2u16, 62].map(u16::to_le_bytes).concat()); // executable, x86-64
@@ -59,12 +70,6 @@ fn elf(kernel: &[u8], pvh_entry: Option<u32>) -> Vec<u8> {
     image.extend(0u32.to_le_bytes());
     image.extend([64u16, 56, 2, 0, 0, 0].map(u16::to_le_bytes).concat());
     let (note_offset, load_offset) = (64 + 2 * 56, 256);
-    let note = match pvh_entry {
-        Some(entry) => [4u32, 4, 18, u32::from_le_bytes(*b"Xen\0"), entry]
-            .map(u32::to_le_bytes)
-            .concat(),
-        None => Vec::new(),
-    };
     let mut segment = |kind: u32, offset: u64, address: u64, size: u64| {
         image.extend([kind, 4].map(u32::to_le_bytes).concat());
         image.extend(
@@ -74,8 +79,8 @@ fn elf(kernel: &[u8], pvh_entry: Option<u32>) -> Vec<u8> {
         );
     };
     segment(1, load_offset, KERNEL_ADDRESS, kernel.len() as u64);
-    segment(4, note_offset, 0, note.len() as u64);
-    image.extend(note);
+    segment(4, note_offset, 0, notes.len() as u64);
+    image.extend(notes);
     image.resize(load_offset as usize, 0);
     image.extend_from_slice(kernel);
     image
@@ -151,6 +156,22 @@ fn an_elf_image_with_the_note_is_entered_by_pvh() {
     let module: hvm_modlist_entry = memory.read_obj(GuestAddress(info.modlist_paddr)).expect("in ram");
     assert_eq!((module.paddr, module.size), (RAM_BYTES - 4096, 10));
     assert_eq!(read(&ram, module.paddr, 10), [7; 10]);
+}
+
+#[test]
+fn linux_is_entered_in_64_bit_mode_whatever_other_notes_it_has() {
+    let linux = [6u32, 4, 0x100].map(u32::to_le_bytes).concat();
+    let linux = [linux.as_slice(), b"Linux\0\0\0", &[0; 4]].concat();
+    let xen = [4u32, 4, 18, u32::from_le_bytes(*b"Xen\0"), 0x0123_4567].map(u32::to_le_bytes);
+    for notes in [
+        [xen.concat(), linux.clone()].concat(),
+        [linux, xen.concat()].concat(),
+    ] {
+        let source = source(&elf_with_notes(b"kernel", &notes), None, "").expect("a kernel");
+        let entry = source.load(&ram(), ACPI_TABLES_BASE).expect("it fits");
+        let expected = (BootProtocol::Linux64, KERNEL_ADDRESS);
+        assert_eq!((entry.protocol, entry.address), expected);
+    }
 }
 
 #[test]

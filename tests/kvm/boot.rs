@@ -1,5 +1,8 @@
 //! Stock Debian kernels boot, by every protocol, and see the machine that was described.
 
+use std::io::Write;
+use std::path::Path;
+
 use libtest_mimic::Failed;
 use vm_lifecycle::config::VmConfig;
 use vm_lifecycle::event::EndCause;
@@ -23,6 +26,7 @@ pub fn trials() -> Vec<Body> {
         Body::new("boot::generic_kernel_as_bzimage_reaches_init", || {
             reaches_init(Flavour::Generic, true)
         }),
+        Body::new("boot::an_image_entered_by_pvh_reaches_init", pvh_reaches_init),
         Body::new(
             "boot::smp_guest_sees_all_its_cpus_and_devices",
             smp_guest_sees_all_its_cpus_and_devices,
@@ -35,6 +39,27 @@ pub fn trials() -> Vec<Body> {
 fn reaches_init(flavour: Flavour, bzimage: bool) -> Result<(), Failed> {
     let kernel = GuestKernel::find(flavour)?;
     let image = if bzimage { &kernel.bzimage } else { &kernel.elf };
+    image_reaches_init(image, &kernel)
+}
+
+/// Debian's kernel with its own notes renamed, so that it counts as some other system with a PVH entry.
+fn pvh_reaches_init() -> Result<(), Failed> {
+    let kernel = GuestKernel::find(Flavour::Cloud)?;
+    let mut image = std::fs::read(&kernel.elf)?;
+    let owners: Vec<usize> = (0..image.len() - 20)
+        .step_by(4)
+        .filter(|at| {
+            image[*at..].starts_with(&6u32.to_le_bytes()) && image[at + 12..].starts_with(b"Linux\0")
+        })
+        .collect();
+    assert!(!owners.is_empty(), "the kernel has no notes of Linux");
+    owners.iter().for_each(|at| image[at + 12] = b'M');
+    let mut file = tempfile::NamedTempFile::new()?;
+    file.write_all(&image)?;
+    image_reaches_init(file.path(), &kernel)
+}
+
+fn image_reaches_init(image: &Path, kernel: &GuestKernel) -> Result<(), Failed> {
     let builder = VmConfig::builder("boot", image)
         .initrd(&kernel.initramfs)
         .cmdline("console=ttyS0 quiet loglevel=3 panic=-1 harness.modules=none harness.exit=poweroff")

@@ -112,7 +112,7 @@ pub struct Guest {
     pub events: EventStream,
 }
 
-/// The configuration of a small guest of Debian's cloud kernel (ELF, by PVH).
+/// The configuration of a small guest of Debian's cloud kernel (ELF).
 pub fn small(name: &str) -> Result<VmConfigBuilder, Failed> {
     let kernel = GuestKernel::find(Flavour::Cloud)?;
     Ok(VmConfig::builder(name, &kernel.elf)
