@@ -49,8 +49,22 @@ pub struct SavedPciHotplugV1 {
     pub eject_requests: [u32; 4],
     /// The select register.
     pub select: u32,
-    /// The slots whose device the guest has ejected and the host has not taken away.
+    /// The slots whose device the guest does not see: it has ejected it and the host has not taken it away.
     pub ejected: Vec<Bdf>,
+    /// The slots whose device the guest was asked to let go of.
+    pub asked: Vec<Bdf>,
+    /// The slots of which the guest was told to let go and has not answered.
+    pub unanswered: Vec<SavedUnansweredV1>,
+}
+
+/// How often the guest was told to let go of a slot and has not answered, schema 1.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedUnansweredV1 {
+    /// The slot.
+    pub bdf: Bdf,
+    /// How often, at least once.
+    pub count: u32,
 }
 
 /// The state of the panic port, schema 1: it holds none, and says so.

@@ -71,8 +71,8 @@ pub(super) enum CardEvent {
     EjectRequested,
     /// The guest has not let go of it in time.
     NotReleased,
-    /// The guest lets go of it.
-    Ejected,
+    /// The guest lets go of it, asked or not.
+    Ejected { asked: bool },
     /// It is taken from the guest.
     Forced,
     /// The machine is reset: who was asked to let go of it is gone.
@@ -87,8 +87,6 @@ pub(super) struct Card {
     pub nic: NicConfig,
     state: NicState,
     driver_ready: bool,
-    /// The guest was asked to let go of it and may do so at any time.
-    asked: bool,
     history: VecDeque<Step>,
     forgotten_count: u64,
 }
@@ -107,7 +105,6 @@ impl Card {
             nic,
             state,
             driver_ready: false,
-            asked: false,
             history: VecDeque::from([Step { at_ms, state }]),
             forgotten_count: 0,
         }
@@ -127,30 +124,14 @@ impl Card {
         matches!(self.state, NicState::Attached | NicState::DriverReady)
     }
 
-    /// Whether the guest was asked to let go of it and may still do so.
-    #[cfg(test)]
-    pub fn is_asked(&self) -> bool {
-        self.asked
-    }
-
     /// Takes note of `event`; `false` when it means nothing now and nothing follows from it.
     pub fn apply(&mut self, event: CardEvent, at_ms: u64) -> bool {
         if let CardEvent::Driver(ready) = event {
             self.driver_ready = ready;
         }
-        let Some(to) = next(self.state, event, self.driver_ready, self.asked) else {
+        let Some(to) = next(self.state, event, self.driver_ready) else {
             return false;
         };
-        match event {
-            CardEvent::EjectRequested => self.asked = true,
-            CardEvent::Reset => self.asked = false,
-            CardEvent::Added
-            | CardEvent::Driver(_)
-            | CardEvent::NotReleased
-            | CardEvent::Ejected
-            | CardEvent::Forced
-            | CardEvent::Gone => {}
-        }
         if to != self.state {
             self.state = to;
             if self.history.len() == HISTORY_STEPS_MAX {
@@ -174,7 +155,7 @@ impl Card {
 }
 
 /// Where a card goes from `state`; `None` when `event` means nothing there.
-const fn next(state: NicState, event: CardEvent, driver_ready: bool, asked: bool) -> Option<NicState> {
+const fn next(state: NicState, event: CardEvent, driver_ready: bool) -> Option<NicState> {
     let settled = if driver_ready {
         NicState::DriverReady
     } else {
@@ -182,7 +163,7 @@ const fn next(state: NicState, event: CardEvent, driver_ready: bool, asked: bool
     };
     match state {
         NicState::Adding => adding(event, settled),
-        NicState::Attached | NicState::DriverReady => attached(event, settled, asked),
+        NicState::Attached | NicState::DriverReady => attached(event, settled),
         NicState::EjectRequested => eject_requested(event, settled),
         NicState::Ejected => ejected(event),
         NicState::Removed => None,
@@ -195,17 +176,22 @@ const fn adding(event: CardEvent, settled: NicState) -> Option<NicState> {
         // Heard before it is known to be safe in the configuration.
         CardEvent::Driver(_) | CardEvent::Reset => Some(NicState::Adding),
         CardEvent::Gone => Some(NicState::Removed),
-        CardEvent::EjectRequested | CardEvent::NotReleased | CardEvent::Ejected | CardEvent::Forced => None,
+        CardEvent::EjectRequested
+        | CardEvent::NotReleased
+        | CardEvent::Ejected { .. }
+        | CardEvent::Forced => None,
     }
 }
 
-const fn attached(event: CardEvent, settled: NicState, asked: bool) -> Option<NicState> {
+const fn attached(event: CardEvent, settled: NicState) -> Option<NicState> {
     match event {
         CardEvent::Driver(_) | CardEvent::Reset => Some(settled),
         CardEvent::EjectRequested => Some(NicState::EjectRequested),
-        CardEvent::Ejected if asked => Some(NicState::Ejected),
+        CardEvent::Ejected { asked: true } => Some(NicState::Ejected),
         CardEvent::Forced => Some(NicState::Ejected),
-        CardEvent::Ejected | CardEvent::Added | CardEvent::NotReleased | CardEvent::Gone => None,
+        CardEvent::Ejected { asked: false } | CardEvent::Added | CardEvent::NotReleased | CardEvent::Gone => {
+            None
+        }
     }
 }
 
@@ -213,7 +199,7 @@ const fn eject_requested(event: CardEvent, settled: NicState) -> Option<NicState
     match event {
         CardEvent::Driver(_) => Some(NicState::EjectRequested),
         CardEvent::NotReleased => Some(settled),
-        CardEvent::Ejected | CardEvent::Forced | CardEvent::Reset => Some(NicState::Ejected),
+        CardEvent::Ejected { .. } | CardEvent::Forced | CardEvent::Reset => Some(NicState::Ejected),
         CardEvent::Gone => Some(NicState::Removed),
         CardEvent::Added | CardEvent::EjectRequested => None,
     }
@@ -228,7 +214,7 @@ const fn ejected(event: CardEvent) -> Option<NicState> {
         | CardEvent::Driver(_)
         | CardEvent::EjectRequested
         | CardEvent::NotReleased
-        | CardEvent::Ejected
+        | CardEvent::Ejected { .. }
         | CardEvent::Reset => None,
     }
 }
@@ -255,7 +241,7 @@ mod tests {
             CardEvent::Added,
             CardEvent::Driver(true),
             CardEvent::EjectRequested,
-            CardEvent::Ejected,
+            CardEvent::Ejected { asked: true },
             CardEvent::Gone,
         ] {
             assert!(card.apply(event, 1), "{event:?}");
@@ -276,11 +262,14 @@ mod tests {
     fn a_guest_lets_go_only_of_what_it_was_asked_for_but_as_late_as_it_likes() {
         let mut card = card(NicState::Attached);
         assert!(card.apply(CardEvent::Driver(true), 1));
-        assert!(!card.apply(CardEvent::Ejected, 2), "nobody asked");
+        assert!(
+            !card.apply(CardEvent::Ejected { asked: false }, 2),
+            "nobody asked"
+        );
         assert!(card.apply(CardEvent::EjectRequested, 3));
         assert!(card.apply(CardEvent::NotReleased, 4));
         assert_eq!(card.state(), NicState::DriverReady, "it works on");
-        assert!(card.apply(CardEvent::Ejected, 5), "it was asked");
+        assert!(card.apply(CardEvent::Ejected { asked: true }, 5), "it was asked");
         assert_eq!(card.state(), NicState::Ejected);
     }
 
@@ -294,11 +283,7 @@ mod tests {
         assert!(given_up.apply(CardEvent::EjectRequested, 1));
         assert!(given_up.apply(CardEvent::NotReleased, 2));
         assert!(given_up.apply(CardEvent::Reset, 3));
-        assert!(!given_up.is_asked());
-        assert!(
-            !given_up.apply(CardEvent::Ejected, 4),
-            "the new guest was not asked"
-        );
+        assert_eq!(given_up.state(), NicState::Attached);
     }
 
     #[test]
@@ -309,16 +294,16 @@ mod tests {
             CardEvent::Driver(false),
             CardEvent::EjectRequested,
             CardEvent::NotReleased,
-            CardEvent::Ejected,
+            CardEvent::Ejected { asked: false },
+            CardEvent::Ejected { asked: true },
             CardEvent::Forced,
             CardEvent::Reset,
             CardEvent::Gone,
         ];
         for event in events {
-            for flags in 0..4 {
-                let (driver, asked) = (flags & 1 != 0, flags & 2 != 0);
-                assert_eq!(next(NicState::Removed, event, driver, asked), None, "{event:?}");
-                let after = next(NicState::Ejected, event, driver, asked);
+            for driver in [false, true] {
+                assert_eq!(next(NicState::Removed, event, driver), None, "{event:?}");
+                let after = next(NicState::Ejected, event, driver);
                 let goes = matches!(after, None | Some(NicState::Ejected | NicState::Removed));
                 assert!(goes, "{event:?}");
             }

@@ -2,7 +2,7 @@
 //!
 //! It answers at once. Its [`FakeControl`] plays the guest: it can end, reset or ignore the power button.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde_json::{Value, json};
@@ -41,6 +41,10 @@ struct Behaviour {
     takes_nics: bool,
     releases_nics: bool,
     nics: BTreeMap<Bdf, NicConfig>,
+    /// Of `nics`, those that the guest was asked to let go of.
+    asked: BTreeSet<Bdf>,
+    /// Of `nics`, those that it does not see any more.
+    hidden: BTreeSet<Bdf>,
 }
 
 /// The memory of a guest that is not there.
@@ -146,9 +150,7 @@ impl FakeControl {
 
     /// The guest lets go of the device at `bdf`, asked or not.
     pub fn eject(&self, bdf: Bdf) {
-        if let Some(mailbox) = self.mailbox() {
-            mailbox.ejected(bdf);
-        }
+        self.lock().eject(bdf);
     }
 
     /// The guest's driver takes the unit, or lets go of it.
@@ -173,6 +175,20 @@ impl FakeControl {
 }
 
 impl Behaviour {
+    fn eject(&mut self, bdf: Bdf) {
+        if let Some(mailbox) = &self.mailbox
+            && self.nics.contains_key(&bdf)
+            && self.hidden.insert(bdf)
+        {
+            mailbox.ejected(bdf, self.asked.contains(&bdf));
+        }
+    }
+
+    fn forget_requests(&mut self) {
+        self.asked.clear();
+        self.hidden.clear();
+    }
+
     fn nic(&self, unit: &UnitName) -> Option<&NicConfig> {
         self.nics.values().find(|nic| nic.unit_name() == *unit)
     }
@@ -202,6 +218,7 @@ impl Platform for FakePlatform {
         behaviour.mailbox = Some(mailbox.clone());
         behaviour.alive_count += 1;
         behaviour.memory.power_on();
+        behaviour.forget_requests();
         behaviour.nics = config.nics().iter().map(|nic| (nic.bdf, nic.clone())).collect();
         Ok(Arc::new(FakeMachine {
             vcpu_count: config.cpu_count().into(),
@@ -234,6 +251,7 @@ impl Machine for FakeMachine {
             Err(refused("the kernel file"))
         } else {
             behaviour.memory.power_on();
+            behaviour.forget_requests();
             Ok(())
         }
     }
@@ -268,20 +286,28 @@ impl Machine for FakeMachine {
     }
 
     fn request_eject(&self, unit: &UnitName) -> bool {
-        let behaviour = self.control.lock();
-        let Some(nic) = behaviour.nic(unit) else {
+        let mut behaviour = self.control.lock();
+        let Some(bdf) = behaviour.nic(unit).map(|nic| nic.bdf) else {
             return false;
         };
+        if behaviour.hidden.contains(&bdf) {
+            return false;
+        }
+        behaviour.asked.insert(bdf);
         if behaviour.releases_nics {
-            self.mailbox.ejected(nic.bdf);
+            behaviour.eject(bdf);
         }
         true
     }
 
     fn remove_device(&self, unit: &UnitName) -> bool {
         let mut behaviour = self.control.lock();
-        let bdf = behaviour.nic(unit).map(|nic| nic.bdf);
-        bdf.and_then(|bdf| behaviour.nics.remove(&bdf)).is_some()
+        let Some(bdf) = behaviour.nic(unit).map(|nic| nic.bdf) else {
+            return false;
+        };
+        behaviour.asked.remove(&bdf);
+        behaviour.hidden.remove(&bdf);
+        behaviour.nics.remove(&bdf).is_some()
     }
 
     fn rename_nic(&self, unit: &UnitName, name: &NicName) {

@@ -212,7 +212,7 @@ impl Supervisor {
                 nic::driver_ready(self, &unit, ready);
                 self.publish(EventKind::DriverReady { unit, ready });
             }
-            Notice::Ejected { bdf } => nic::ejected(self, bdf),
+            Notice::Ejected { bdf, asked } => nic::ejected(self, bdf, asked),
             Notice::NeedsReset { unit, reason } => {
                 self.publish(EventKind::DeviceNeedsReset { unit, reason });
             }

@@ -200,7 +200,7 @@ pub(super) fn build_nic(
 }
 
 impl SlotListener for Mailbox {
-    fn ejected(&self, bdf: Bdf) {
-        Mailbox::ejected(self, bdf);
+    fn ejected(&self, bdf: Bdf, asked: bool) {
+        Mailbox::ejected(self, bdf, asked);
     }
 }

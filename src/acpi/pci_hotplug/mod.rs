@@ -13,6 +13,8 @@
 
 pub mod aml;
 pub mod registers;
+mod state;
+mod unit;
 
 #[cfg(test)]
 mod tests;

@@ -41,11 +41,11 @@ impl BusDevice for Zeros {
 }
 
 #[derive(Default)]
-struct Heard(Mutex<Vec<Bdf>>);
+struct Heard(Mutex<Vec<(Bdf, bool)>>);
 
 impl SlotListener for Heard {
-    fn ejected(&self, bdf: Bdf) {
-        self.0.lock().unwrap().push(bdf);
+    fn ejected(&self, bdf: Bdf, asked: bool) {
+        self.0.lock().unwrap().push((bdf, asked));
     }
 }
 
@@ -127,7 +127,8 @@ impl Rig {
         String::from_utf16(&units[..end]).unwrap()
     }
 
-    fn heard(&self) -> Vec<Bdf> {
+    /// Which devices the guest has let go of, and whether it was asked to.
+    fn heard(&self) -> Vec<(Bdf, bool)> {
         std::mem::take(&mut self.heard.0.lock().unwrap())
     }
 }
@@ -159,7 +160,7 @@ fn a_device_is_asked_back_ejected_and_taken_away() {
     assert_eq!((rig.events(), rig.read(4), rig.read(4)), (2, 1 << 8, 0));
     assert!(rig.is_seen(place), "the guest may keep it");
     rig.write(HOTPLUG_EJECT_OFFSET, 8);
-    assert_eq!((rig.is_seen(place), rig.heard()), (false, vec![place]));
+    assert_eq!((rig.is_seen(place), rig.heard()), (false, vec![(place, true)]));
     rig.write(HOTPLUG_EJECT_OFFSET, 8);
     assert_eq!(rig.heard(), [], "once");
     assert!(!rig.hotplug.request_eject(place), "it is on its way out");
@@ -214,7 +215,78 @@ fn a_device_waits_until_the_guest_has_let_go_of_the_one_before() {
     assert!(rig.is_seen(place));
     assert_eq!((rig.events(), rig.read(0)), (2, 1 << 8), "and looks again");
     rig.write(HOTPLUG_EJECT_OFFSET, 8);
-    assert_eq!(rig.heard(), [place]);
+    assert_eq!(rig.heard(), [(place, false)]);
+}
+
+#[test]
+fn a_request_that_is_answered_twice_takes_one_device() {
+    let rig = Rig::new();
+    let place = bdf(0, 8);
+    let (take, answer) = (|| rig.read(4), || rig.write(HOTPLUG_EJECT_OFFSET, 8));
+    // Asked twice: the guest has queued two answers, and the first is done when the next card comes.
+    rig.insert(place, None);
+    for _ in 0..2 {
+        assert!(rig.hotplug.request_eject(place));
+        assert_eq!(take(), 1 << 8);
+    }
+    answer();
+    assert_eq!(rig.heard(), [(place, true)]);
+    drop(rig.hotplug.remove(place));
+    rig.insert(place, None);
+    rig.events();
+    answer();
+    assert_eq!((rig.heard(), rig.is_seen(place)), (vec![], true));
+    assert_eq!((rig.events(), rig.read(0)), (2, 1 << 8), "it looks again");
+
+    // Asked once and then taken by force, with the next card behind what is left.
+    assert!(rig.hotplug.request_eject(place));
+    take();
+    drop(rig.hotplug.remove(place));
+    rig.hotplug.tell_taken(place, None);
+    take();
+    rig.insert(place, None);
+    answer();
+    assert!(rig.is_seen(place), "the first answer shows it");
+    answer();
+    assert_eq!((rig.heard(), rig.is_seen(place)), (vec![], true));
+
+    // Nothing is unanswered any more: what the guest does now is its own affair.
+    answer();
+    assert_eq!((rig.heard(), rig.is_seen(place)), (vec![(place, false)], false));
+}
+
+#[test]
+fn a_request_that_was_not_read_is_not_about_the_next_device() {
+    let rig = Rig::new();
+    let place = bdf(0, 8);
+    rig.insert(place, None);
+    assert!(rig.hotplug.request_eject(place));
+    rig.read(4);
+    drop(rig.hotplug.remove(place));
+    rig.hotplug.tell_taken(place, None);
+    rig.insert(place, None);
+    rig.write(HOTPLUG_EJECT_OFFSET, 8);
+    assert_eq!(rig.read(4), 0, "it was about the device before");
+}
+
+#[test]
+fn a_device_that_is_asked_for_goes_with_whatever_answer_comes() {
+    let rig = Rig::new();
+    let place = bdf(0, 8);
+    rig.insert(place, None);
+    for _ in 0..2 {
+        assert!(rig.hotplug.request_eject(place));
+        rig.read(4);
+    }
+    rig.write(HOTPLUG_EJECT_OFFSET, 8);
+    drop(rig.hotplug.remove(place));
+    rig.insert(place, None);
+    assert!(rig.hotplug.request_eject(place));
+    rig.write(HOTPLUG_EJECT_OFFSET, 8);
+    assert_eq!(rig.heard(), [(place, true), (place, true)]);
+    rig.hotplug.reset();
+    rig.write(HOTPLUG_EJECT_OFFSET, 8);
+    assert_eq!(rig.heard(), [(place, false)], "a new guest has nothing to answer");
 }
 
 #[test]
@@ -268,7 +340,7 @@ fn a_reset_shows_what_the_host_has_kept_and_forgets_requests() {
         (rig.read(0), rig.read(4), rig.read(HOTPLUG_INDEX_OFFSET)),
         (0, 0, 0)
     );
-    assert_eq!(rig.heard(), [bdf(0, 8)], "who kept it was told before");
+    assert_eq!(rig.heard(), [(bdf(0, 8), false)], "who kept it was told before");
 }
 
 #[test]
@@ -279,6 +351,8 @@ fn events_selection_and_ejected_slots_are_saved() {
         rig.insert(bdf(1, 3), None);
     }
     rig.hotplug.announce(bdf(0, 8));
+    assert!(rig.hotplug.request_eject(bdf(0, 8)));
+    rig.read(4);
     assert!(rig.hotplug.request_eject(bdf(0, 8)));
     rig.write(HOTPLUG_EJECT_OFFSET, 32 + 3);
     rig.write(HOTPLUG_SELECT_OFFSET, 8);
@@ -291,6 +365,8 @@ fn events_selection_and_ejected_slots_are_saved() {
         (other.read(HOTPLUG_INDEX_OFFSET), other.label()),
         (7, "LAN".to_owned())
     );
+    other.write(HOTPLUG_EJECT_OFFSET, 8);
+    assert_eq!(other.heard(), [(bdf(0, 8), true)], "it was asked before");
     let empty = Rig::new().hotplug.restore(&section).unwrap_err();
     assert_eq!(
         empty.to_string(),

@@ -208,7 +208,7 @@ pub fn remove(
         vm.publish(EventKind::NicEjectRequested { name: name.clone() });
         if !machine.request_eject(&unit) {
             // The guest let go of it by itself, before anybody asked.
-            ejected(vm, bdf);
+            ejected(vm, bdf, false);
         }
     }
     Ok(operation)
@@ -276,8 +276,8 @@ fn remove_on_paper(
 }
 
 /// The guest let go of what is at `bdf`.
-pub fn ejected(vm: &mut Supervisor, bdf: Bdf) {
-    if let Some(present) = vm.cards.apply(bdf, CardEvent::Ejected) {
+pub fn ejected(vm: &mut Supervisor, bdf: Bdf, asked: bool) {
+    if let Some(present) = vm.cards.apply(bdf, CardEvent::Ejected { asked }) {
         let how = match present.removal {
             Some(_) => NicRemoval::Released,
             None => NicRemoval::ReleasedLate,
