@@ -101,7 +101,8 @@ impl DeviceSet {
             return false;
         };
         self.lock().devices.retain(|other| !Arc::ptr_eq(other, &device));
-        drop(device);
+        // A vCPU may be in the middle of an access, and hold it a little longer.
+        device.detach();
         if matches!(removed, Removed::ByForce(_)) {
             let claim = |bar: Range<u64>| self.mmio.claim(bar.start, bar.end - bar.start, Arc::new(Remnant));
             // Where something else has come to lie, nothing is left of the device.
