@@ -55,6 +55,8 @@ pub struct SavedPciHotplugV1 {
     pub asked: Vec<Bdf>,
     /// The slots of which the guest was told to let go and has not answered.
     pub unanswered: Vec<SavedUnansweredV1>,
+    /// What is left of devices that were taken by force; one that is there since waits among the `ejected`.
+    pub remnants: Vec<SavedRemnantV1>,
 }
 
 /// How often the guest was told to let go of a slot and has not answered, schema 1.
@@ -65,6 +67,16 @@ pub struct SavedUnansweredV1 {
     pub bdf: Bdf,
     /// How often, at least once.
     pub count: u32,
+}
+
+/// What is left of a device that was taken by force, schema 1.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedRemnantV1 {
+    /// The slot.
+    pub bdf: Bdf,
+    /// Where its registers were, if they answered: the first address, and how many.
+    pub bar: Option<(u64, u64)>,
 }
 
 /// The state of the panic port, schema 1: it holds none, and says so.

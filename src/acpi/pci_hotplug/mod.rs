@@ -13,6 +13,7 @@
 
 pub mod aml;
 pub mod registers;
+mod remnant;
 mod state;
 mod unit;
 

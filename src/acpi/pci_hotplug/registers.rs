@@ -15,12 +15,14 @@
 //! of a slot without a hot-pluggable device is logged and ignored. Index and label are taken when the slot is
 //! selected, so that a name which changes meanwhile is read as it was and not as a mixture.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::remnant::Remnant;
 use super::state::{Ejected, Place, Slot, State};
 use crate::acpi::device::AcpiDevice;
 use crate::acpi::ged::GedEvent;
-use crate::bus::{BusClaim, BusDevice};
+use crate::bus::{Bus, BusDevice, BusError};
 use crate::guest_log::GuestLog;
 use crate::ids::{Bdf, NicName};
 use crate::memory::layout::{
@@ -59,6 +61,7 @@ pub struct SlotName {
 /// The register file and the hot-pluggable devices; the unit `pci-hotplug`.
 pub struct PciHotplug {
     acpi: Arc<AcpiDevice>,
+    mmio: Bus,
     listener: Arc<dyn SlotListener>,
     log: GuestLog,
     /// Never held while the listener or the event device is called.
@@ -76,10 +79,12 @@ pub enum Removed {
 }
 
 impl PciHotplug {
-    /// Makes the registers of a machine without hot-pluggable devices. Events go through `acpi`.
-    pub fn new(acpi: Arc<AcpiDevice>, listener: Arc<dyn SlotListener>) -> Self {
+    /// Makes the registers of a machine without hot-pluggable devices. Events go through `acpi`; devices have their
+    /// registers on `mmio`.
+    pub fn new(acpi: Arc<AcpiDevice>, mmio: Bus, listener: Arc<dyn SlotListener>) -> Self {
         Self {
             acpi,
+            mmio,
             listener,
             log: GuestLog::new("pci-hotplug"),
             state: Mutex::default(),
@@ -139,10 +144,12 @@ impl PciHotplug {
     }
 
     /// Tells the guest that the device at `bdf` was taken by force. Until its driver has let go of the device it finds
-    /// `remnant` at its addresses.
-    pub fn tell_taken(&self, bdf: Bdf, remnant: Option<BusClaim>) {
+    /// zeros at `range`, where the device's registers were and no device is any more.
+    pub fn tell_taken(&self, bdf: Bdf, range: Option<Range<u64>>) {
+        // Where the guest has put another device meanwhile, nothing is left of this one but its slot.
+        let remnant = self.remnant(range).or_else(|_| self.remnant(None));
         let mut state = self.lock();
-        state.remnants.insert(bdf, remnant);
+        state.remnants.extend(remnant.ok().map(|remnant| (bdf, remnant)));
         state.request_eject(bdf);
         drop(state);
         self.acpi.raise(GedEvent::PciHotplug);
@@ -164,6 +171,10 @@ impl PciHotplug {
                 "the guest ejects slot {number:#x}, where nothing can be ejected"
             )),
         }
+    }
+
+    pub(super) fn remnant(&self, range: Option<Range<u64>>) -> Result<Remnant, BusError> {
+        Remnant::new(&self.mmio, range)
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {

@@ -16,7 +16,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::registers::{SlotName, slot_of};
-use crate::bus::BusClaim;
+use super::remnant::Remnant;
 use crate::ids::{Bdf, NicName};
 use crate::memory::layout::{HOTPLUG_LABEL_BYTES, SEGMENT_COUNT};
 use crate::pci::device::PciDevice;
@@ -35,7 +35,7 @@ pub(super) struct State {
     /// How many requests to let go the guest has read and not answered, of slots where it is not zero.
     pub unanswered: BTreeMap<Bdf, u32>,
     /// Of devices that were taken by force, until the guest lets go of them.
-    pub remnants: BTreeMap<Bdf, Option<BusClaim>>,
+    pub remnants: BTreeMap<Bdf, Remnant>,
 }
 
 /// The name of the selected slot as the guest reads it.

@@ -7,17 +7,18 @@ use proptest::prelude::*;
 use super::aml;
 use super::registers::{PCI_HOTPLUG_BYTES, PciHotplug, Removed, SlotListener, SlotName};
 use crate::acpi::device::AcpiDevice;
+use crate::acpi::saved::PCI_HOTPLUG_SCHEMA;
 use crate::bus::{Bus, BusDevice};
 use crate::ids::{Bdf, NicName};
 use crate::machine::fake::FakeVm;
 use crate::machine::gsi::GsiTable;
 use crate::memory::layout::{
     GED_GSI, GED_SELECT_OFFSET, HOTPLUG_EJECT_OFFSET, HOTPLUG_INDEX_OFFSET, HOTPLUG_LABEL_BYTES,
-    HOTPLUG_LABEL_OFFSET, HOTPLUG_SELECT_OFFSET, SEGMENT_COUNT, ecam_address,
+    HOTPLUG_LABEL_OFFSET, HOTPLUG_SELECT_OFFSET, SEGMENT_COUNT, ecam_address, mmio_slot,
 };
 use crate::pci::device::PciDevice;
 use crate::pci::root::PciRoot;
-use crate::unit::{PowerListener, PowerRequest, Unit};
+use crate::unit::{PowerListener, PowerRequest, Section, Unit};
 
 /// Says nothing of itself but that it is there.
 struct Present;
@@ -28,16 +29,6 @@ impl PciDevice for Present {
     }
 
     fn config_write(&self, _offset: u16, _data: &[u8]) {}
-}
-
-struct Zeros;
-
-impl BusDevice for Zeros {
-    fn read(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
-    }
-
-    fn write(&self, _offset: u64, _data: &[u8]) {}
 }
 
 #[derive(Default)]
@@ -70,8 +61,8 @@ impl Rig {
         let acpi = Arc::new(AcpiDevice::new(line, heard.clone()));
         Self {
             root: PciRoot::new(&mmio).unwrap(),
+            hotplug: PciHotplug::new(acpi.clone(), mmio.clone(), heard.clone()),
             mmio,
-            hotplug: PciHotplug::new(acpi.clone(), heard.clone()),
             acpi,
             heard,
         }
@@ -181,20 +172,21 @@ fn a_device_is_asked_back_ejected_and_taken_away() {
 fn what_is_left_of_a_device_taken_by_force_goes_with_its_driver() {
     let rig = Rig::new();
     let place = bdf(1, 1);
-    let remnant = || rig.mmio.claim(0x1000, 8, Arc::new(Zeros)).ok();
-    let is_left = || rig.mmio.read(0x1000, &mut [0; 4]);
+    let bar = mmio_slot(place);
+    let bar = || Some(bar..bar + 0x8000);
+    let is_left = || rig.mmio.read(mmio_slot(place), &mut [0xFF; 4]);
     rig.insert(place, None);
     assert!(matches!(
         rig.hotplug.remove(place),
         Some(Removed::ByForce(slot)) if slot.bdf() == place
     ));
-    rig.hotplug.tell_taken(place, remnant());
+    rig.hotplug.tell_taken(place, bar());
     assert!(is_left() && !rig.is_seen(place));
     assert_eq!((rig.events(), rig.read(8), rig.read(12)), (2, 0, 1 << 1));
     rig.write(HOTPLUG_EJECT_OFFSET, 33);
     assert!(!is_left(), "the driver let go");
     assert_eq!(rig.heard(), [], "the host knows already");
-    rig.hotplug.tell_taken(place, remnant());
+    rig.hotplug.tell_taken(place, bar());
     rig.hotplug.reset();
     assert!(!is_left(), "no driver is left");
 }
@@ -372,6 +364,48 @@ fn events_selection_and_ejected_slots_are_saved() {
         empty.to_string(),
         "saved ejected is 0001:00:03.0: no device there can be ejected"
     );
+}
+
+#[test]
+fn what_is_left_of_a_device_is_saved_with_the_one_that_waits_behind_it() {
+    let (rig, other) = (Rig::new(), Rig::new());
+    let (place, base) = (bdf(1, 1), mmio_slot(bdf(1, 1)));
+    rig.insert(place, None);
+    drop(rig.hotplug.remove(place));
+    rig.hotplug.tell_taken(place, Some(base..base + 0x8000));
+    rig.read(12);
+    rig.insert(place, None);
+    let section = rig.hotplug.save().unwrap();
+    other.insert(place, None);
+    other.hotplug.restore(&section).unwrap();
+    assert_eq!(other.hotplug.save().unwrap(), section);
+    let mut data = [0xFF; 4];
+    assert!(other.mmio.read(base, &mut data) && data == [0; 4]);
+    assert!(!other.is_seen(place), "it waits");
+    other.write(HOTPLUG_EJECT_OFFSET, 33);
+    assert!(other.is_seen(place) && !other.mmio.read(base, &mut data));
+    assert_eq!(
+        (other.heard(), other.read(8)),
+        (vec![], 1 << 1),
+        "and is announced"
+    );
+
+    // Two machines cannot have been one.
+    let error = other
+        .hotplug
+        .restore(&section)
+        .and_then(|()| other.hotplug.restore(&section));
+    assert!(
+        error
+            .unwrap_err()
+            .to_string()
+            .ends_with("something else answers there")
+    );
+    let mut outside: serde_json::Value = section.decode(PCI_HOTPLUG_SCHEMA).unwrap();
+    outside["remnants"][0]["bar"][0] = 0x1000.into();
+    let outside = Section::encode(PCI_HOTPLUG_SCHEMA, &outside).unwrap();
+    let error = Rig::new().hotplug.restore(&outside).unwrap_err().to_string();
+    assert!(error.ends_with("no device can have been there"), "{error}");
 }
 
 #[test]

@@ -6,9 +6,11 @@
 use serde_json::{Value, json};
 
 use super::registers::PciHotplug;
+use super::remnant::Remnant;
 use super::state::{Slot, State};
-use crate::acpi::saved::{PCI_HOTPLUG_SCHEMA, SavedPciHotplugV1, SavedUnansweredV1};
+use crate::acpi::saved::{PCI_HOTPLUG_SCHEMA, SavedPciHotplugV1, SavedRemnantV1, SavedUnansweredV1};
 use crate::ids::{Bdf, UnitName};
+use crate::memory::layout::{MMIO_SEGMENT_BYTES, SEGMENT_COUNT, mmio_window};
 use crate::unit::{PauseTicket, RestoreError, SaveError, Section, Unit};
 
 impl Unit for PciHotplug {
@@ -40,6 +42,7 @@ impl Unit for PciHotplug {
         let state = self.lock();
         let ejected = state.slots.iter().filter(|(_, slot)| slot.is_hidden());
         let unanswered = state.unanswered.iter();
+        let remnants = state.remnants.iter();
         let saved = SavedPciHotplugV1 {
             changed: state.changed,
             eject_requests: state.eject_requests,
@@ -50,6 +53,14 @@ impl Unit for PciHotplug {
                 .map(|(bdf, count)| SavedUnansweredV1 {
                     bdf: *bdf,
                     count: *count,
+                })
+                .collect(),
+            remnants: remnants
+                .map(|(bdf, remnant)| SavedRemnantV1 {
+                    bdf: *bdf,
+                    bar: remnant
+                        .range()
+                        .map(|range| (range.start, range.end - range.start)),
                 })
                 .collect(),
         };
@@ -64,10 +75,15 @@ impl Unit for PciHotplug {
             ejected,
             asked,
             unanswered,
+            remnants,
         } = section.decode(PCI_HOTPLUG_SCHEMA)?;
         let mut state = self.lock();
         state.changed = changed;
         state.eject_requests = eject_requests;
+        for SavedRemnantV1 { bdf, bar } in remnants {
+            let remnant = self.restore_remnant(bdf, bar)?;
+            state.remnants.insert(bdf, remnant);
+        }
         for bdf in ejected {
             check_slot(&state, "ejected", bdf)?;
             state.hide(bdf);
@@ -87,6 +103,7 @@ impl Unit for PciHotplug {
 
     fn inspect(&self) -> Value {
         let state = self.lock();
+        let remnants: Vec<_> = state.remnants.keys().collect();
         let slot = |(bdf, slot): (&Bdf, &Slot)| {
             let name = slot.name.as_ref();
             json!({
@@ -100,8 +117,31 @@ impl Unit for PciHotplug {
         json!({
             "changed": state.changed,
             "eject_requests": state.eject_requests,
+            "remnants": remnants,
             "slots": state.slots.iter().map(slot).collect::<Vec<_>>(),
         })
+    }
+}
+
+impl PciHotplug {
+    /// What was left of the device at `bdf`, whose registers were at `bar`. The values are untrusted.
+    fn restore_remnant(&self, bdf: Bdf, bar: Option<(u64, u64)>) -> Result<Remnant, RestoreError> {
+        let refused = |reason| RestoreError::Value {
+            field: "remnants",
+            value: format!("{bdf}: {bar:#x?}"),
+            reason,
+        };
+        let range = bar.map(|(base, len)| base..base.saturating_add(len));
+        let window = mmio_window(bdf.segment());
+        let window = window..window + MMIO_SEGMENT_BYTES;
+        let inside = range
+            .as_ref()
+            .is_none_or(|range| window.start <= range.start && range.end <= window.end);
+        if bdf.segment() >= SEGMENT_COUNT || !inside {
+            return Err(refused("no device can have been there"));
+        }
+        self.remnant(range)
+            .map_err(|_| refused("something else answers there"))
     }
 }
 
