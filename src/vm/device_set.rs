@@ -86,6 +86,12 @@ impl DeviceSet {
             .is_some_and(|device| self.hotplug.request_eject(device.bdf()))
     }
 
+    /// Withdraws a request to let go of the device `unit` and asks the guest to look at it again; `false` when it cannot.
+    pub fn offer(&self, unit: &UnitName) -> bool {
+        self.find(unit)
+            .is_some_and(|device| self.hotplug.offer(device.bdf()))
+    }
+
     /// Takes the hot-pluggable device `unit` out; its slot is free when everything else of it is. `false` when there
     /// is none.
     pub fn remove(&self, unit: &UnitName) -> bool {

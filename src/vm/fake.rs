@@ -27,6 +27,8 @@ pub struct FakePlatform {
 #[derive(Default)]
 pub struct FakeControl {
     behaviour: Mutex<Behaviour>,
+    /// Taken before `behaviour`.
+    removals: Mutex<()>,
 }
 
 #[derive(Default)]
@@ -148,6 +150,11 @@ impl FakeControl {
         behaviour.releases_nics = releases;
     }
 
+    /// The host gives nothing of a network card back for as long as this is held.
+    pub fn hold_removals(&self) -> MutexGuard<'_, ()> {
+        self.removals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The guest lets go of the device at `bdf`, asked or not.
     pub fn eject(&self, bdf: Bdf) {
         self.lock().eject(bdf);
@@ -157,6 +164,13 @@ impl FakeControl {
     pub fn driver(&self, unit: &UnitName, ready: bool) {
         if let Some(mailbox) = self.mailbox() {
             mailbox.driver_ready(unit, ready);
+        }
+    }
+
+    /// The guest's driver breaks the rules of the unit.
+    pub fn needs_reset(&self, unit: &UnitName) {
+        if let Some(mailbox) = self.mailbox() {
+            mailbox.needs_reset(unit, "the driver broke the rules");
         }
     }
 
@@ -300,7 +314,23 @@ impl Machine for FakeMachine {
         true
     }
 
+    fn offer(&self, unit: &UnitName) -> bool {
+        let mut behaviour = self.control.lock();
+        let Some(bdf) = behaviour.nic(unit).map(|nic| nic.bdf) else {
+            return false;
+        };
+        if behaviour.hidden.contains(&bdf) && behaviour.asked.contains(&bdf) {
+            return false;
+        }
+        behaviour.asked.remove(&bdf);
+        if behaviour.hidden.remove(&bdf) && behaviour.takes_nics {
+            self.mailbox.driver_ready(unit, true);
+        }
+        true
+    }
+
     fn remove_device(&self, unit: &UnitName) -> bool {
+        let _turn = self.control.hold_removals();
         let mut behaviour = self.control.lock();
         let Some(bdf) = behaviour.nic(unit).map(|nic| nic.bdf) else {
             return false;

@@ -133,7 +133,7 @@ impl Supervisor {
         in_flight.into_iter().chain(beside).min()
     }
 
-    fn handle(&mut self, message: Message) {
+    pub(super) fn handle(&mut self, message: Message) {
         match message {
             Message::Request { request, reply } => {
                 let answer = self.request(request);
@@ -214,6 +214,7 @@ impl Supervisor {
             }
             Notice::Ejected { bdf, asked } => nic::ejected(self, bdf, asked),
             Notice::NeedsReset { unit, reason } => {
+                nic::driver_ready(self, &unit, false);
                 self.publish(EventKind::DeviceNeedsReset { unit, reason });
             }
         }

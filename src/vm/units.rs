@@ -147,6 +147,10 @@ impl Machine for KvmMachine {
         self.devices.request_eject(unit)
     }
 
+    fn offer(&self, unit: &UnitName) -> bool {
+        self.devices.offer(unit)
+    }
+
     fn remove_device(&self, unit: &UnitName) -> bool {
         self.devices.remove(unit)
     }

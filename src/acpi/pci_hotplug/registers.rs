@@ -129,6 +129,18 @@ impl PciHotplug {
         true
     }
 
+    /// Withdraws the request to let go of the device at `bdf` and asks the guest to look at it, also if it has let go of
+    /// it without being asked. `false` when there is no such device, or the guest has let go of it as it was asked to.
+    pub fn offer(&self, bdf: Bdf) -> bool {
+        let mut state = self.lock();
+        let offered = state.offer(bdf);
+        drop(state);
+        if offered {
+            self.announce(bdf);
+        }
+        offered
+    }
+
     /// Takes the device at `bdf` out of its slot and hands the slot back, still taken. `None` when no hot-pluggable
     /// device is there.
     pub fn remove(&self, bdf: Bdf) -> Option<Removed> {

@@ -120,6 +120,22 @@ impl State {
         true
     }
 
+    /// Takes back that the guest shall let go of the device at `bdf`, and shows it; `false` when it cannot be had back.
+    pub fn offer(&mut self, bdf: Bdf) -> bool {
+        let Some(slot) = self.slots.get(&bdf) else {
+            return false;
+        };
+        if slot.is_hidden() && self.asked.contains(&bdf) {
+            return false;
+        }
+        self.asked.remove(&bdf);
+        self.forget_request(bdf);
+        if !self.remnants.contains_key(&bdf) {
+            self.show(bdf);
+        }
+        true
+    }
+
     pub fn request_eject(&mut self, bdf: Bdf) {
         if let Some(bits) = self.eject_requests.get_mut(usize::from(bdf.segment())) {
             *bits |= bit(bdf);

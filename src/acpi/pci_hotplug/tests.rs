@@ -282,6 +282,33 @@ fn a_device_that_is_asked_for_goes_with_whatever_answer_comes() {
 }
 
 #[test]
+fn a_device_is_offered_again_unless_the_guest_did_as_it_was_asked() {
+    let rig = Rig::new();
+    let place = bdf(0, 8);
+    assert!(!rig.hotplug.offer(place), "nothing is there");
+    rig.insert(place, None);
+    rig.write(HOTPLUG_EJECT_OFFSET, 8);
+    assert_eq!((rig.heard(), rig.is_seen(place)), (vec![(place, false)], false));
+    assert!(rig.hotplug.offer(place) && rig.is_seen(place));
+    assert_eq!((rig.events(), rig.read(0)), (2, 1 << 8));
+    // Withdrawn before the guest reads it, and behind that.
+    assert!(rig.hotplug.request_eject(place) && rig.hotplug.offer(place));
+    assert_eq!(rig.read(4), 0);
+    assert!(rig.hotplug.request_eject(place));
+    assert_eq!(rig.read(4), 1 << 8);
+    assert!(rig.hotplug.offer(place));
+    rig.write(HOTPLUG_EJECT_OFFSET, 8);
+    assert_eq!(
+        (rig.heard(), rig.is_seen(place)),
+        (vec![], true),
+        "it answers too late"
+    );
+    assert!(rig.hotplug.request_eject(place));
+    rig.write(HOTPLUG_EJECT_OFFSET, 8);
+    assert!(!rig.hotplug.offer(place) && !rig.is_seen(place));
+}
+
+#[test]
 fn nothing_but_a_hot_pluggable_device_can_be_ejected() {
     let rig = Rig::new();
     let fixed = rig.root.reserve(bdf(0, 9)).unwrap().occupy(Arc::new(Present));
