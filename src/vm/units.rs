@@ -180,6 +180,8 @@ impl Machine for KvmMachine {
             "ram": { "size_bytes": self.ram.size_bytes(), "resident_bytes": self.ram.resident_bytes().ok() },
             "memslot_count": self.memslots.len(),
             "msi_count": self.resources.gsi.msi_count(),
+            "ioevent_count": self.resources.ioevents.count(),
+            "mmio_range_count": self.resources.mmio.range_count(),
         })
     }
 }
