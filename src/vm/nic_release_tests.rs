@@ -6,7 +6,7 @@ use super::error::NicRequestError;
 use super::fake::FakePlatform;
 use super::mailbox::Message;
 use super::nic::{AddNicOutcome, NicState, RemoveNicOutcome};
-use super::nic_tests::{SOON, add, name, names, remove, removed, spec, started, told};
+use super::nic_tests::{SOON, add, name, names, remove, removed, spec, started, told, wait_until};
 use super::operation::{Ended, Outcome};
 use super::ops::{nic, nic_change, power};
 use super::supervisor::Supervisor;
@@ -101,13 +101,11 @@ fn a_card_that_is_broken_has_no_driver() {
     );
 }
 
-/// A supervisor that the test drives itself, of a VM that is off and whose documents cannot be stored.
-fn driven() -> (Supervisor, Receiver<Message>, FakePlatform) {
-    let folder = tempfile::tempdir().expect("a folder");
+/// A supervisor that the test drives itself, of a VM that is off and kept in `folder`.
+fn driven(folder: &tempfile::TempDir) -> (Supervisor, Receiver<Message>, FakePlatform) {
     let config = VmConfig::builder("test", "/boot/vmlinuz").nic(NicSpec::new("lan", "tap0"));
     let config = config.build().expect("the configuration is valid");
     let dir = StateDir::create(folder.path().join("vm"), &config).expect("a new folder");
-    drop(folder);
     let (sender, receiver) = channel();
     let platform = FakePlatform::default();
     let shared = Arc::new(shared::Shared::new(Arc::new(config)));
@@ -117,7 +115,9 @@ fn driven() -> (Supervisor, Receiver<Message>, FakePlatform) {
 
 #[test]
 fn what_cannot_be_stored_takes_no_other_card_along() {
-    let (mut vm, receiver, _platform) = driven();
+    let folder = tempfile::tempdir().expect("a folder");
+    let (mut vm, receiver, _platform) = driven(&folder);
+    drop(folder);
     let (_, first) = nic::add(&mut vm, spec("first"), SOON).expect("there is room");
     let gone = nic::remove(&mut vm, &name("first"), SOON).expect("it is there");
     let (second, kept) = nic::add(&mut vm, spec("second one"), SOON).expect("there is room");
@@ -138,7 +138,9 @@ fn what_cannot_be_stored_takes_no_other_card_along() {
 
 #[test]
 fn a_machine_that_is_built_meanwhile_follows_what_is_undone() {
-    let (mut vm, receiver, platform) = driven();
+    let folder = tempfile::tempdir().expect("a folder");
+    let (mut vm, receiver, platform) = driven(&folder);
+    drop(folder);
     let renamed = nic_change::rename(&mut vm, name("lan"), name("wan")).expect("the name is free");
     let pulled = nic_change::set_link(&mut vm, name("wan"), false).expect("it is there");
     power::start(&mut vm);
@@ -147,4 +149,38 @@ fn a_machine_that_is_built_meanwhile_follows_what_is_undone() {
     }
     assert!(matches!(renamed.outcome(), Some(Outcome::Failed(_))));
     assert_eq!(platform.control().nics(), vm.config.nics());
+}
+
+/// Whoever is killed at any of these moments leaves a document that tells what was there.
+#[test]
+fn the_document_holds_a_card_when_it_is_there_and_until_it_is_gone() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (mut vm, receiver, platform) = driven(&folder);
+    let document = folder.path().join("vm").join("config.json");
+    let holds = || {
+        let text = std::fs::read_to_string(&document).expect("it is there");
+        text.contains("\"Fred\"")
+    };
+    let next = |vm: &mut Supervisor| vm.handle(receiver.recv_timeout(SOON).expect("a report"));
+    power::start(&mut vm);
+    next(&mut vm);
+    let (info, adding) = nic::add(&mut vm, spec("Fred"), SOON).expect("there is room");
+    assert!(!holds(), "it is being added");
+    wait_until("the worker", || platform.control().nics().len() == 2);
+    assert!(!holds(), "the guest could see it, and nobody was told");
+    next(&mut vm);
+    assert!(adding.outcome().is_none());
+    next(&mut vm);
+    assert!(holds(), "it is stored before the guest is told");
+    let removal = nic::remove(&mut vm, &name("Fred"), SOON).expect("it is there");
+    assert!(holds(), "the guest may keep it");
+    platform.control().eject(info.config.bdf);
+    while removal.outcome().is_none() {
+        assert!(
+            holds() || platform.control().nics().len() == 1,
+            "it is there still"
+        );
+        next(&mut vm);
+    }
+    assert!(!holds());
 }

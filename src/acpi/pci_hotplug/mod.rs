@@ -10,7 +10,8 @@
 //! insert, rename   ────► index and label         ────► slot's _DSM, function 7           reads the card's name
 //! ```
 //! A slot has no `_STA`: whether a device is there the guest reads from its configuration space, and booting evaluates
-//! nothing that touches a register, but for the `_DSM` of slots that hold something.
+//! nothing that touches a register, but for the `_DSM` of slots that hold something
+//! (`docs/decisions/0008-slots-without-sta.md`).
 
 pub mod aml;
 pub mod registers;
