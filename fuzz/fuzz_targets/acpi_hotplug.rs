@@ -9,7 +9,9 @@ use std::sync::{Arc, Mutex};
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use vm_lifecycle::acpi::device::AcpiDevice;
-use vm_lifecycle::acpi::pci_hotplug::registers::{PCI_HOTPLUG_BYTES, PciHotplug, Removed, SlotListener, SlotName};
+use vm_lifecycle::acpi::pci_hotplug::registers::{
+    PCI_HOTPLUG_BYTES, PciHotplug, Removed, SlotListener, SlotName,
+};
 use vm_lifecycle::bus::{Bus, BusClaim, BusDevice};
 use vm_lifecycle::ids::{Bdf, NicName};
 use vm_lifecycle::machine::fake::FakeVm;

@@ -92,6 +92,11 @@ fn a_debian_guest_calls_its_interfaces() -> Result<(), Failed> {
         assert_eq!(has_long_name, label.len() > 15, "{told}");
     }
 
+    rename_while_it_is_up(&guest, &mut shell)?;
+    share_a_name(&guest, &mut shell, &taps)
+}
+
+fn rename_while_it_is_up(guest: &Guest, shell: &mut GuestShell) -> Result<(), Failed> {
     // A card that is renamed is called its new name when udev looks again and the interface is down.
     let look = |interface: &str| {
         format!("udevadm trigger --action=add /sys/class/net/{interface} && udevadm settle")
@@ -106,12 +111,16 @@ fn a_debian_guest_calls_its_interfaces() -> Result<(), Failed> {
     );
     shell.succeed(&format!("ip link set Fred down && {}", look("Fred")))?;
     shell.succeed("ip link set Freda up")?;
+    Ok(())
+}
 
+/// "Büro" makes room for a card whose label makes the name of another's interface.
+fn share_a_name(guest: &Guest, shell: &mut GuestShell, taps: &[Tap]) -> Result<(), Failed> {
     // A name of an interface that another has already leaves the interface its number.
-    remove(&guest, "Büro")?;
+    remove(guest, "Büro")?;
     let tap = taps.last().ok_or("there are taps")?;
-    let info = add(&guest, NicSpec::new("the_red one", tap.name()))?;
-    let told = properties(&mut shell, &info.config.mac.to_string())?;
+    let info = add(guest, NicSpec::new("the_red one", tap.name()))?;
+    let told = properties(shell, &info.config.mac.to_string())?;
     let index = info.config.acpi_index.unwrap_or_default();
     let (expected, onboard) = (
         format!("INTERFACE=eno{index}"),
