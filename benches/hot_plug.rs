@@ -16,7 +16,9 @@ use std::net::Ipv4Addr;
 use std::time::Instant;
 
 use vm_lifecycle::config::NicSpec;
+use vm_lifecycle::event::NicRemoval;
 use vm_lifecycle::ids::NicName;
+use vm_lifecycle::vm::nic::{AddNicOutcome, RemoveNicOutcome};
 
 use guest::{BOOT_WITHIN, CMDLINE, Guest, WITHIN, small};
 use harness::artefacts::{Flavour, GuestKernel};
@@ -33,6 +35,9 @@ struct Samples {
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
+    if cfg!(debug_assertions) {
+        return Err("a build for debugging says nothing about speed".into());
+    }
     match kvm::verdict() {
         Verdict::Run => {}
         Verdict::Ignore(why) => {
@@ -104,14 +109,20 @@ fn our_card(guest: &Guest, shell: &mut GuestShell, tap: &Tap) -> Result<(f64, f6
         Ok(())
     })?;
     let outcome = added.and_then(|operation| operation.wait(WITHIN));
-    outcome.ok_or("no driver took the card")?;
+    match outcome.ok_or("adding the card has no end")? {
+        AddNicOutcome::DriverReady(_) => {}
+        outcome => return Err(outcome.to_string().into()),
+    }
     let mut removed = None;
     let go = timed(shell, GONE, || {
         removed = Some(guest.vm.remove_nic(&NicName::new("card")?, WITHIN)?);
         Ok(())
     })?;
     let outcome = removed.and_then(|operation| operation.wait(WITHIN));
-    outcome.ok_or("the guest did not let go of the card")?;
+    match outcome.ok_or("removing the card has no end")? {
+        RemoveNicOutcome::Removed(NicRemoval::Released) => {}
+        outcome => return Err(outcome.to_string().into()),
+    }
     Ok((come, go))
 }
 

@@ -85,6 +85,9 @@ pub enum EventKind {
     /// The guest did not let go of a network card in time; it is still there and works. The guest may let go of it
     /// later.
     NicRemoveRefused { name: NicName },
+    /// The guest let go of a network card without being asked. The VM keeps it; the guest has it again after its next
+    /// reset, or when it is offered.
+    NicReleasedByGuest { name: NicName },
     /// A network card has another name.
     NicRenamed { from: NicName, to: NicName },
     /// The cable of a network card was plugged in or pulled out.
@@ -110,6 +113,7 @@ impl EventKind {
             | Self::NicAttached { .. }
             | Self::NicEjectRequested { .. }
             | Self::NicRemoved { .. }
+            | Self::NicReleasedByGuest { .. }
             | Self::NicRemoveRefused { .. }
             | Self::NicRenamed { .. }
             | Self::NicLink { .. }

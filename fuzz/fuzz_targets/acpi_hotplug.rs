@@ -3,20 +3,22 @@
 #![no_main]
 #![forbid(unsafe_code)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use vm_lifecycle::acpi::device::AcpiDevice;
-use vm_lifecycle::acpi::pci_hotplug::registers::{PCI_HOTPLUG_BYTES, PciHotplug, SlotListener, SlotName};
+use vm_lifecycle::acpi::pci_hotplug::registers::{
+    PCI_HOTPLUG_BYTES, PciHotplug, Removed, SlotListener, SlotName,
+};
 use vm_lifecycle::bus::{Bus, BusClaim, BusDevice};
 use vm_lifecycle::ids::{Bdf, NicName};
 use vm_lifecycle::machine::fake::FakeVm;
 use vm_lifecycle::machine::gsi::GsiTable;
 use vm_lifecycle::memory::layout::{
     GED_GSI, HOTPLUG_EJECT_OFFSET, HOTPLUG_INDEX_OFFSET, HOTPLUG_LABEL_OFFSET, HOTPLUG_SELECT_OFFSET,
-    ecam_address,
+    ecam_address, mmio_slot,
 };
 use vm_lifecycle::pci::device::PciDevice;
 use vm_lifecycle::pci::root::PciRoot;
@@ -36,6 +38,7 @@ enum Step {
     Announce(u8),
     RequestEject(u8),
     Remove(u8),
+    Offer(u8),
     Rename(u8, String),
     Reset,
     SaveAndRestore,
@@ -52,19 +55,24 @@ impl PciDevice for Present {
 }
 
 #[derive(Default)]
-struct Heard(Mutex<Vec<Bdf>>);
+struct Heard(Mutex<Vec<(Bdf, bool)>>);
 
 impl SlotListener for Heard {
-    fn ejected(&self, bdf: Bdf) {
-        self.0.lock().expect("nobody panics with it").push(bdf);
+    fn ejected(&self, bdf: Bdf, asked: bool) {
+        self.0.lock().expect("nobody panics with it").push((bdf, asked));
     }
 }
 
 /// What should be in a slot.
 struct Card {
     seen: bool,
+    /// The guest was asked to let go of it.
+    asked: bool,
     name: Option<SlotName>,
 }
+
+/// The size of a device's registers.
+const BAR_BYTES: u64 = 0x8000;
 
 struct Rig {
     mmio: Bus,
@@ -72,6 +80,8 @@ struct Rig {
     hotplug: Arc<PciHotplug>,
     heard: Arc<Heard>,
     model: BTreeMap<Bdf, Card>,
+    /// What was taken by force, and not let go of as far as the zeros at its registers tell.
+    remnants: BTreeSet<Bdf>,
     _claim: BusClaim,
 }
 
@@ -81,8 +91,8 @@ impl Rig {
         let line = gsi.line(GED_GSI).expect("the fake refuses nothing");
         let heard = Arc::new(Heard::default());
         let acpi = Arc::new(AcpiDevice::new(line, Arc::new(Deaf)));
-        let hotplug = Arc::new(PciHotplug::new(acpi, heard.clone()));
         let mmio = Bus::new();
+        let hotplug = Arc::new(PciHotplug::new(acpi, mmio.clone(), heard.clone()));
         Self {
             root: PciRoot::new(&mmio).expect("the bus is empty"),
             _claim: mmio
@@ -92,13 +102,19 @@ impl Rig {
             hotplug,
             heard,
             model: BTreeMap::new(),
+            remnants: BTreeSet::new(),
         }
     }
 
     fn insert(&mut self, bdf: Bdf, name: Option<SlotName>) {
         if let Ok(slot) = self.root.reserve(bdf) {
             self.hotplug.insert(slot, Arc::new(Present), name.clone());
-            self.model.insert(bdf, Card { seen: true, name });
+            let card = Card {
+                seen: !self.remnants.contains(&bdf),
+                asked: false,
+                name,
+            };
+            self.model.insert(bdf, card);
         }
     }
 
@@ -117,12 +133,18 @@ impl Rig {
             Step::RequestEject(choice) => {
                 if let Some(bdf) = slot(choice) {
                     assert_eq!(self.hotplug.request_eject(bdf), self.is_seen(bdf));
+                    let card = self.model.get_mut(&bdf).filter(|card| card.seen);
+                    card.into_iter().for_each(|card| card.asked = true);
                 }
             }
             Step::Remove(choice) => {
                 if let Some(bdf) = slot(choice) {
-                    let removed = self.hotplug.remove(bdf).is_some();
-                    assert_eq!(removed, self.model.remove(&bdf).is_some());
+                    self.remove(bdf);
+                }
+            }
+            Step::Offer(choice) => {
+                if let Some(bdf) = slot(choice) {
+                    self.offer(bdf);
                 }
             }
             Step::Rename(choice, label) => {
@@ -134,9 +156,35 @@ impl Rig {
             }
             Step::Reset => {
                 self.hotplug.reset();
-                self.model.values_mut().for_each(|card| card.seen = true);
+                self.remnants.clear();
+                for card in self.model.values_mut() {
+                    (card.seen, card.asked) = (true, false);
+                }
             }
             Step::SaveAndRestore => self.check_save(),
+        }
+    }
+
+    /// Takes a card as the machine does: the guest finds zeros where it saw a card until now.
+    fn remove(&mut self, bdf: Bdf) {
+        let removed = self.hotplug.remove(bdf);
+        let card = self.model.remove(&bdf);
+        assert_eq!(removed.is_some(), card.is_some());
+        if matches!(removed, Some(Removed::ByForce(_))) {
+            assert!(card.is_some_and(|card| card.seen));
+            let base = mmio_slot(bdf);
+            self.hotplug.tell_taken(bdf, Some(base..base + BAR_BYTES));
+            self.remnants.insert(bdf);
+        }
+    }
+
+    fn offer(&mut self, bdf: Bdf) {
+        let offered = self.hotplug.offer(bdf);
+        let waits = self.remnants.contains(&bdf);
+        let card = self.model.get_mut(&bdf);
+        assert_eq!(offered, card.as_ref().is_some_and(|card| card.seen || !card.asked));
+        if let Some(card) = card.filter(|_| offered) {
+            (card.seen, card.asked) = (!waits, false);
         }
     }
 
@@ -169,6 +217,7 @@ impl Rig {
         for (bdf, card) in &self.model {
             other.insert(*bdf, card.name.clone());
         }
+        // The machine that is restored has the cards and nothing else.
         let saved = self.hotplug.save().expect("it can be saved");
         other.hotplug.restore(&saved).expect("its own save is accepted");
         assert_eq!(other.hotplug.save().expect("it can be saved"), saved);
@@ -176,9 +225,17 @@ impl Rig {
 
     /// What was ejected was there, and what is there is seen.
     fn check(&mut self) {
-        for bdf in std::mem::take(&mut *self.heard.0.lock().expect("nobody panics with it")) {
+        let mut data = [0; 4];
+        let mut gone = |bdf: &Bdf| !self.mmio.read(mmio_slot(*bdf), &mut data);
+        for bdf in self.remnants.extract_if(.., |bdf| gone(bdf)) {
+            // The driver let go: who waited is shown.
+            let card = self.model.get_mut(&bdf);
+            card.into_iter().for_each(|card| card.seen = true);
+        }
+        for (bdf, asked) in std::mem::take(&mut *self.heard.0.lock().expect("nobody panics with it")) {
             let card = self.model.get_mut(&bdf).expect("it was there");
             assert!(std::mem::replace(&mut card.seen, false), "{bdf} is ejected once");
+            assert_eq!(asked, card.asked, "{bdf}");
         }
         for bdf in NUMBERS.into_iter().filter_map(|number| place(number.into())) {
             let mut id = [0; 4];

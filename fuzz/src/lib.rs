@@ -72,5 +72,5 @@ impl PowerListener for Deaf {
 }
 
 impl SlotListener for Deaf {
-    fn ejected(&self, _bdf: Bdf) {}
+    fn ejected(&self, _bdf: Bdf, _asked: bool) {}
 }

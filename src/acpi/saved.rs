@@ -49,8 +49,34 @@ pub struct SavedPciHotplugV1 {
     pub eject_requests: [u32; 4],
     /// The select register.
     pub select: u32,
-    /// The slots whose device the guest has ejected and the host has not taken away.
+    /// The slots whose device the guest does not see: it has ejected it and the host has not taken it away.
     pub ejected: Vec<Bdf>,
+    /// The slots whose device the guest was asked to let go of.
+    pub asked: Vec<Bdf>,
+    /// The slots of which the guest was told to let go and has not answered.
+    pub unanswered: Vec<SavedUnansweredV1>,
+    /// What is left of devices that were taken by force; one that is there since waits among the `ejected`.
+    pub remnants: Vec<SavedRemnantV1>,
+}
+
+/// How often the guest was told to let go of a slot and has not answered, schema 1.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedUnansweredV1 {
+    /// The slot.
+    pub bdf: Bdf,
+    /// How often, at least once.
+    pub count: u32,
+}
+
+/// What is left of a device that was taken by force, schema 1.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedRemnantV1 {
+    /// The slot.
+    pub bdf: Bdf,
+    /// Where its registers were, if they answered: the first address, and how many.
+    pub bar: Option<(u64, u64)>,
 }
 
 /// The state of the panic port, schema 1: it holds none, and says so.

@@ -5,6 +5,7 @@
 use std::fmt;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -14,6 +15,7 @@ use super::HostVm;
 #[derive(Clone)]
 pub struct IoEvents {
     vm: Arc<dyn HostVm>,
+    count: Arc<AtomicUsize>,
 }
 
 /// The host refused an ioeventfd.
@@ -30,7 +32,15 @@ pub struct IoEventError {
 impl IoEvents {
     /// Makes the ioeventfds of `vm`.
     pub fn new(vm: Arc<dyn HostVm>) -> Self {
-        Self { vm }
+        Self {
+            vm,
+            count: Arc::default(),
+        }
+    }
+
+    /// The number of registered ioeventfds.
+    pub fn count(&self) -> usize {
+        self.count.load(Ordering::Relaxed)
     }
 
     /// Makes `fd` readable at every write of any width to the memory-mapped `address`, until the guard is dropped.
@@ -41,8 +51,10 @@ impl IoEvents {
         self.vm
             .register_ioevent(&fd, address)
             .map_err(|source| IoEventError { address, source })?;
+        self.count.fetch_add(1, Ordering::Relaxed);
         Ok(IoEvent {
             vm: self.vm.clone(),
+            count: self.count.clone(),
             address,
             fd,
         })
@@ -53,6 +65,7 @@ impl IoEvents {
 #[must_use = "dropping the guard unregisters the ioeventfd"]
 pub struct IoEvent {
     vm: Arc<dyn HostVm>,
+    count: Arc<AtomicUsize>,
     address: u64,
     fd: Arc<EventFd>,
 }
@@ -65,8 +78,12 @@ impl fmt::Debug for IoEvent {
 
 impl Drop for IoEvent {
     fn drop(&mut self) {
-        if let Err(error) = self.vm.unregister_ioevent(&self.fd, self.address) {
-            log::warn!("cannot unregister the ioeventfd at {:#x}: {error}", self.address);
+        match self.vm.unregister_ioevent(&self.fd, self.address) {
+            Ok(()) => {
+                self.count.fetch_sub(1, Ordering::Relaxed);
+            }
+            // It counts still: the host has it.
+            Err(error) => log::warn!("cannot unregister the ioeventfd at {:#x}: {error}", self.address),
         }
     }
 }

@@ -277,7 +277,7 @@ impl Assembly {
         let pci = Arc::new(PciRoot::new(&mmio)?);
         let acpi = AcpiDevice::new(gsi.line(GED_GSI)?, Arc::new(mailbox.clone()));
         let acpi = Arc::new(acpi);
-        let hotplug = Arc::new(PciHotplug::new(acpi.clone(), Arc::new(mailbox.clone())));
+        let hotplug = Arc::new(PciHotplug::new(acpi.clone(), mmio, Arc::new(mailbox.clone())));
         let units: Vec<Arc<dyn Unit>> = vec![
             Arc::new(Irqchip::new(vm.clone())?),
             Arc::new(Pit::new(vm.clone())?),
@@ -298,7 +298,7 @@ impl Assembly {
             host,
             claims: Vec::new(),
             units,
-            devices: DeviceSet::new(hotplug.clone(), mmio),
+            devices: DeviceSet::new(hotplug.clone()),
             acpi,
             hotplug,
         })

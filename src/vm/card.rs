@@ -2,11 +2,12 @@
 //!
 //! ```text
 //! Adding ─ Attached ⇄ DriverReady ─┐
-//!             │  └──── EjectRequested ─ Ejected ─ Removed
-//!             └──────(deadline)──┘
+//!           │ │  └──── EjectRequested ─ Ejected ─ Removed
+//!           │ └──────(deadline)──┘
+//!           └⇄ Released, by a guest that was not asked
 //! ```
 //! A guest that was asked to let go may do so late, when nobody waits any more. One that was never asked cannot make
-//! a card go: what it calls ejecting is then its own affair, and the card stays.
+//! a card go: what it calls ejecting is then its own affair, and the card stays, until it is offered to it again.
 
 use std::collections::VecDeque;
 
@@ -28,6 +29,9 @@ pub enum NicState {
     Attached,
     /// A driver in the guest has it.
     DriverReady,
+    /// The guest let go of it without being asked. The VM keeps it, and the guest has it again after its next reset, or
+    /// when it is offered.
+    Released,
     /// The guest was asked to let go of it.
     EjectRequested,
     /// The guest does not have it any more; what it holds on the host is being given back.
@@ -38,10 +42,11 @@ pub enum NicState {
 
 impl NicState {
     /// Every state, in the order of a card's life.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Adding,
         Self::Attached,
         Self::DriverReady,
+        Self::Released,
         Self::EjectRequested,
         Self::Ejected,
         Self::Removed,
@@ -53,6 +58,7 @@ impl NicState {
             Self::Adding => "adding",
             Self::Attached => "attached",
             Self::DriverReady => "driver-ready",
+            Self::Released => "released",
             Self::EjectRequested => "eject-requested",
             Self::Ejected => "ejected",
             Self::Removed => "removed",
@@ -71,8 +77,10 @@ pub(super) enum CardEvent {
     EjectRequested,
     /// The guest has not let go of it in time.
     NotReleased,
-    /// The guest lets go of it.
-    Ejected,
+    /// The guest lets go of it, asked or not.
+    Ejected { asked: bool },
+    /// It is offered to the guest, which was not asked for it or is not any more.
+    Offered,
     /// It is taken from the guest.
     Forced,
     /// The machine is reset: who was asked to let go of it is gone.
@@ -87,8 +95,8 @@ pub(super) struct Card {
     pub nic: NicConfig,
     state: NicState,
     driver_ready: bool,
-    /// The guest was asked to let go of it and may do so at any time.
-    asked: bool,
+    /// The guest let go of it without being asked.
+    released: bool,
     history: VecDeque<Step>,
     forgotten_count: u64,
 }
@@ -107,7 +115,7 @@ impl Card {
             nic,
             state,
             driver_ready: false,
-            asked: false,
+            released: false,
             history: VecDeque::from([Step { at_ms, state }]),
             forgotten_count: 0,
         }
@@ -124,33 +132,32 @@ impl Card {
 
     /// Whether nothing is being done to it.
     pub fn is_settled(&self) -> bool {
-        matches!(self.state, NicState::Attached | NicState::DriverReady)
-    }
-
-    /// Whether the guest was asked to let go of it and may still do so.
-    #[cfg(test)]
-    pub fn is_asked(&self) -> bool {
-        self.asked
+        matches!(
+            self.state,
+            NicState::Attached | NicState::DriverReady | NicState::Released
+        )
     }
 
     /// Takes note of `event`; `false` when it means nothing now and nothing follows from it.
     pub fn apply(&mut self, event: CardEvent, at_ms: u64) -> bool {
-        if let CardEvent::Driver(ready) = event {
-            self.driver_ready = ready;
-        }
-        let Some(to) = next(self.state, event, self.driver_ready, self.asked) else {
-            return false;
-        };
         match event {
-            CardEvent::EjectRequested => self.asked = true,
-            CardEvent::Reset => self.asked = false,
-            CardEvent::Added
-            | CardEvent::Driver(_)
+            CardEvent::Driver(ready) => {
+                self.driver_ready = ready;
+                // A driver that has it has it again.
+                self.released &= !ready;
+            }
+            CardEvent::Ejected { asked: false } => self.released = true,
+            CardEvent::Offered | CardEvent::Reset => self.released = false,
+            CardEvent::Ejected { asked: true }
+            | CardEvent::Added
+            | CardEvent::EjectRequested
             | CardEvent::NotReleased
-            | CardEvent::Ejected
             | CardEvent::Forced
             | CardEvent::Gone => {}
         }
+        let Some(to) = next(self.state, event, self.settled()) else {
+            return false;
+        };
         if to != self.state {
             self.state = to;
             if self.history.len() == HISTORY_STEPS_MAX {
@@ -160,6 +167,15 @@ impl Card {
             self.history.push_back(Step { at_ms, state: to });
         }
         true
+    }
+
+    /// Where it is when nothing is being done to it.
+    const fn settled(&self) -> NicState {
+        match (self.released, self.driver_ready) {
+            (true, _) => NicState::Released,
+            (false, true) => NicState::DriverReady,
+            (false, false) => NicState::Attached,
+        }
     }
 
     pub fn inspect(&self) -> Value {
@@ -173,16 +189,12 @@ impl Card {
     }
 }
 
-/// Where a card goes from `state`; `None` when `event` means nothing there.
-const fn next(state: NicState, event: CardEvent, driver_ready: bool, asked: bool) -> Option<NicState> {
-    let settled = if driver_ready {
-        NicState::DriverReady
-    } else {
-        NicState::Attached
-    };
+/// Where a card goes from `state`; `None` when `event` means nothing there. `settled` is where it is behind `event` if
+/// nothing is being done to it.
+const fn next(state: NicState, event: CardEvent, settled: NicState) -> Option<NicState> {
     match state {
         NicState::Adding => adding(event, settled),
-        NicState::Attached | NicState::DriverReady => attached(event, settled, asked),
+        NicState::Attached | NicState::DriverReady | NicState::Released => attached(event, settled),
         NicState::EjectRequested => eject_requested(event, settled),
         NicState::Ejected => ejected(event),
         NicState::Removed => None,
@@ -193,19 +205,28 @@ const fn adding(event: CardEvent, settled: NicState) -> Option<NicState> {
     match event {
         CardEvent::Added => Some(settled),
         // Heard before it is known to be safe in the configuration.
-        CardEvent::Driver(_) | CardEvent::Reset => Some(NicState::Adding),
+        CardEvent::Driver(_) | CardEvent::Ejected { asked: false } | CardEvent::Reset => {
+            Some(NicState::Adding)
+        }
         CardEvent::Gone => Some(NicState::Removed),
-        CardEvent::EjectRequested | CardEvent::NotReleased | CardEvent::Ejected | CardEvent::Forced => None,
+        CardEvent::EjectRequested
+        | CardEvent::NotReleased
+        | CardEvent::Offered
+        | CardEvent::Ejected { asked: true }
+        | CardEvent::Forced => None,
     }
 }
 
-const fn attached(event: CardEvent, settled: NicState, asked: bool) -> Option<NicState> {
+const fn attached(event: CardEvent, settled: NicState) -> Option<NicState> {
     match event {
-        CardEvent::Driver(_) | CardEvent::Reset => Some(settled),
+        CardEvent::Driver(_)
+        | CardEvent::Ejected { asked: false }
+        | CardEvent::Offered
+        | CardEvent::Reset => Some(settled),
         CardEvent::EjectRequested => Some(NicState::EjectRequested),
-        CardEvent::Ejected if asked => Some(NicState::Ejected),
+        CardEvent::Ejected { asked: true } => Some(NicState::Ejected),
         CardEvent::Forced => Some(NicState::Ejected),
-        CardEvent::Ejected | CardEvent::Added | CardEvent::NotReleased | CardEvent::Gone => None,
+        CardEvent::Added | CardEvent::NotReleased | CardEvent::Gone => None,
     }
 }
 
@@ -213,9 +234,9 @@ const fn eject_requested(event: CardEvent, settled: NicState) -> Option<NicState
     match event {
         CardEvent::Driver(_) => Some(NicState::EjectRequested),
         CardEvent::NotReleased => Some(settled),
-        CardEvent::Ejected | CardEvent::Forced | CardEvent::Reset => Some(NicState::Ejected),
+        CardEvent::Ejected { .. } | CardEvent::Forced | CardEvent::Reset => Some(NicState::Ejected),
         CardEvent::Gone => Some(NicState::Removed),
-        CardEvent::Added | CardEvent::EjectRequested => None,
+        CardEvent::Added | CardEvent::EjectRequested | CardEvent::Offered => None,
     }
 }
 
@@ -228,7 +249,8 @@ const fn ejected(event: CardEvent) -> Option<NicState> {
         | CardEvent::Driver(_)
         | CardEvent::EjectRequested
         | CardEvent::NotReleased
-        | CardEvent::Ejected
+        | CardEvent::Ejected { .. }
+        | CardEvent::Offered
         | CardEvent::Reset => None,
     }
 }
@@ -254,8 +276,9 @@ mod tests {
         for event in [
             CardEvent::Added,
             CardEvent::Driver(true),
+            CardEvent::Ejected { asked: false },
             CardEvent::EjectRequested,
-            CardEvent::Ejected,
+            CardEvent::Ejected { asked: true },
             CardEvent::Gone,
         ] {
             assert!(card.apply(event, 1), "{event:?}");
@@ -276,12 +299,28 @@ mod tests {
     fn a_guest_lets_go_only_of_what_it_was_asked_for_but_as_late_as_it_likes() {
         let mut card = card(NicState::Attached);
         assert!(card.apply(CardEvent::Driver(true), 1));
-        assert!(!card.apply(CardEvent::Ejected, 2), "nobody asked");
+        assert!(card.apply(CardEvent::Ejected { asked: false }, 2));
+        assert_eq!(card.state(), NicState::Released, "nobody asked");
+        assert!(card.is_settled() && card.apply(CardEvent::Offered, 2));
+        assert_eq!(card.state(), NicState::DriverReady);
         assert!(card.apply(CardEvent::EjectRequested, 3));
         assert!(card.apply(CardEvent::NotReleased, 4));
         assert_eq!(card.state(), NicState::DriverReady, "it works on");
-        assert!(card.apply(CardEvent::Ejected, 5), "it was asked");
+        assert!(card.apply(CardEvent::Ejected { asked: true }, 5), "it was asked");
         assert_eq!(card.state(), NicState::Ejected);
+    }
+
+    #[test]
+    fn what_the_guest_lets_go_of_while_it_is_added_is_released_when_it_is_there() {
+        let mut card = card(NicState::Adding);
+        assert!(card.apply(CardEvent::Ejected { asked: false }, 1));
+        assert_eq!(card.state(), NicState::Adding);
+        assert!(card.apply(CardEvent::Added, 2));
+        assert_eq!(card.state(), NicState::Released);
+        assert!(card.apply(CardEvent::EjectRequested, 3) && card.apply(CardEvent::NotReleased, 4));
+        assert_eq!(card.state(), NicState::Released);
+        assert!(card.apply(CardEvent::Reset, 5));
+        assert_eq!(card.state(), NicState::Attached, "the next guest sees it");
     }
 
     #[test]
@@ -294,11 +333,7 @@ mod tests {
         assert!(given_up.apply(CardEvent::EjectRequested, 1));
         assert!(given_up.apply(CardEvent::NotReleased, 2));
         assert!(given_up.apply(CardEvent::Reset, 3));
-        assert!(!given_up.is_asked());
-        assert!(
-            !given_up.apply(CardEvent::Ejected, 4),
-            "the new guest was not asked"
-        );
+        assert_eq!(given_up.state(), NicState::Attached);
     }
 
     #[test]
@@ -309,16 +344,17 @@ mod tests {
             CardEvent::Driver(false),
             CardEvent::EjectRequested,
             CardEvent::NotReleased,
-            CardEvent::Ejected,
+            CardEvent::Offered,
+            CardEvent::Ejected { asked: false },
+            CardEvent::Ejected { asked: true },
             CardEvent::Forced,
             CardEvent::Reset,
             CardEvent::Gone,
         ];
         for event in events {
-            for flags in 0..4 {
-                let (driver, asked) = (flags & 1 != 0, flags & 2 != 0);
-                assert_eq!(next(NicState::Removed, event, driver, asked), None, "{event:?}");
-                let after = next(NicState::Ejected, event, driver, asked);
+            for settled in [NicState::Attached, NicState::DriverReady, NicState::Released] {
+                assert_eq!(next(NicState::Removed, event, settled), None, "{event:?}");
+                let after = next(NicState::Ejected, event, settled);
                 let goes = matches!(after, None | Some(NicState::Ejected | NicState::Removed));
                 assert!(goes, "{event:?}");
             }

@@ -3,11 +3,9 @@
 //! Whoever goes through the devices holds the set's lock, so that none is dropped under him and a device that is added
 //! during a pause is paused before anybody can reach it. The guest's vCPUs never take this lock.
 
-use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::acpi::pci_hotplug::registers::{PciHotplug, Removed, SlotName};
-use crate::bus::{Bus, BusDevice};
 use crate::config::NicConfig;
 use crate::ids::{NicName, UnitName};
 use crate::pci::slots::{OccupiedSlot, SlotReservation};
@@ -18,7 +16,6 @@ use crate::virtio::transport::VirtioPciDevice;
 /// The devices and their slots.
 pub(super) struct DeviceSet {
     hotplug: Arc<PciHotplug>,
-    mmio: Bus,
     inner: Mutex<Inner>,
 }
 
@@ -51,11 +48,10 @@ impl Inner {
 }
 
 impl DeviceSet {
-    /// Makes an empty set; hot-pluggable devices are shown through `hotplug` and have their registers on `mmio`.
-    pub fn new(hotplug: Arc<PciHotplug>, mmio: Bus) -> Self {
+    /// Makes an empty set; hot-pluggable devices are shown through `hotplug`.
+    pub fn new(hotplug: Arc<PciHotplug>) -> Self {
         Self {
             hotplug,
-            mmio,
             inner: Mutex::default(),
         }
     }
@@ -90,6 +86,12 @@ impl DeviceSet {
             .is_some_and(|device| self.hotplug.request_eject(device.bdf()))
     }
 
+    /// Withdraws a request to let go of the device `unit` and asks the guest to look at it again; `false` when it cannot.
+    pub fn offer(&self, unit: &UnitName) -> bool {
+        self.find(unit)
+            .is_some_and(|device| self.hotplug.offer(device.bdf()))
+    }
+
     /// Takes the hot-pluggable device `unit` out; its slot is free when everything else of it is. `false` when there
     /// is none.
     pub fn remove(&self, unit: &UnitName) -> bool {
@@ -101,12 +103,10 @@ impl DeviceSet {
             return false;
         };
         self.lock().devices.retain(|other| !Arc::ptr_eq(other, &device));
-        drop(device);
+        // A vCPU may be in the middle of an access, and hold it a little longer.
+        device.detach();
         if matches!(removed, Removed::ByForce(_)) {
-            let claim = |bar: Range<u64>| self.mmio.claim(bar.start, bar.end - bar.start, Arc::new(Remnant));
-            // Where something else has come to lie, nothing is left of the device.
-            let remnant = bar.and_then(|bar| claim(bar).ok());
-            self.hotplug.tell_taken(bdf, remnant);
+            self.hotplug.tell_taken(bdf, bar);
         }
         drop(removed);
         true
@@ -139,16 +139,4 @@ impl DeviceSet {
             .find(|device| device.name() == *unit)
             .cloned()
     }
-}
-
-/// What a driver finds where its device was, when the device was taken by force: zeros. A driver of virtio waits for
-/// its reset to be done, which a status of all ones never says (virtio 1.2 §4.1.4.3.2).
-struct Remnant;
-
-impl BusDevice for Remnant {
-    fn read(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
-    }
-
-    fn write(&self, _offset: u64, _data: &[u8]) {}
 }

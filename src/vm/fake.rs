@@ -2,7 +2,7 @@
 //!
 //! It answers at once. Its [`FakeControl`] plays the guest: it can end, reset or ignore the power button.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use serde_json::{Value, json};
@@ -28,6 +28,8 @@ pub struct FakePlatform {
 pub struct FakeControl {
     behaviour: Mutex<Behaviour>,
     changed: Condvar,
+    /// Taken before `behaviour`.
+    removals: Mutex<()>,
 }
 
 #[derive(Default)]
@@ -48,6 +50,10 @@ struct Behaviour {
     takes_nics: bool,
     releases_nics: bool,
     nics: BTreeMap<Bdf, NicConfig>,
+    /// Of `nics`, those that the guest was asked to let go of.
+    asked: BTreeSet<Bdf>,
+    /// Of `nics`, those that it does not see any more.
+    hidden: BTreeSet<Bdf>,
 }
 
 /// The memory of a guest that is not there.
@@ -179,17 +185,27 @@ impl FakeControl {
         behaviour.releases_nics = releases;
     }
 
+    /// The host gives nothing of a network card back for as long as this is held.
+    pub fn hold_removals(&self) -> MutexGuard<'_, ()> {
+        self.removals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The guest lets go of the device at `bdf`, asked or not.
     pub fn eject(&self, bdf: Bdf) {
-        if let Some(mailbox) = self.mailbox() {
-            mailbox.ejected(bdf);
-        }
+        self.lock().eject(bdf);
     }
 
     /// The guest's driver takes the unit, or lets go of it.
     pub fn driver(&self, unit: &UnitName, ready: bool) {
         if let Some(mailbox) = self.mailbox() {
             mailbox.driver_ready(unit, ready);
+        }
+    }
+
+    /// The guest's driver breaks the rules of the unit.
+    pub fn needs_reset(&self, unit: &UnitName) {
+        if let Some(mailbox) = self.mailbox() {
+            mailbox.needs_reset(unit, "the driver broke the rules");
         }
     }
 
@@ -221,6 +237,20 @@ impl Behaviour {
         self.ticket.take()
     }
 
+    fn eject(&mut self, bdf: Bdf) {
+        if let Some(mailbox) = &self.mailbox
+            && self.nics.contains_key(&bdf)
+            && self.hidden.insert(bdf)
+        {
+            mailbox.ejected(bdf, self.asked.contains(&bdf));
+        }
+    }
+
+    fn forget_requests(&mut self) {
+        self.asked.clear();
+        self.hidden.clear();
+    }
+
     fn nic(&self, unit: &UnitName) -> Option<&NicConfig> {
         self.nics.values().find(|nic| nic.unit_name() == *unit)
     }
@@ -250,6 +280,7 @@ impl Platform for FakePlatform {
         behaviour.mailbox = Some(mailbox.clone());
         behaviour.alive_count += 1;
         behaviour.memory.power_on();
+        behaviour.forget_requests();
         behaviour.nics = config.nics().iter().map(|nic| (nic.bdf, nic.clone())).collect();
         Ok(Arc::new(FakeMachine {
             vcpu_count: config.cpu_count().into(),
@@ -297,6 +328,7 @@ impl Machine for FakeMachine {
             Err(refused("the kernel file"))
         } else {
             behaviour.memory.power_on();
+            behaviour.forget_requests();
             Ok(())
         }
     }
@@ -342,20 +374,44 @@ impl Machine for FakeMachine {
     }
 
     fn request_eject(&self, unit: &UnitName) -> bool {
-        let behaviour = self.control.lock();
-        let Some(nic) = behaviour.nic(unit) else {
+        let mut behaviour = self.control.lock();
+        let Some(bdf) = behaviour.nic(unit).map(|nic| nic.bdf) else {
             return false;
         };
+        if behaviour.hidden.contains(&bdf) {
+            return false;
+        }
+        behaviour.asked.insert(bdf);
         if behaviour.releases_nics {
-            self.mailbox.ejected(nic.bdf);
+            behaviour.eject(bdf);
+        }
+        true
+    }
+
+    fn offer(&self, unit: &UnitName) -> bool {
+        let mut behaviour = self.control.lock();
+        let Some(bdf) = behaviour.nic(unit).map(|nic| nic.bdf) else {
+            return false;
+        };
+        if behaviour.hidden.contains(&bdf) && behaviour.asked.contains(&bdf) {
+            return false;
+        }
+        behaviour.asked.remove(&bdf);
+        if behaviour.hidden.remove(&bdf) && behaviour.takes_nics {
+            self.mailbox.driver_ready(unit, true);
         }
         true
     }
 
     fn remove_device(&self, unit: &UnitName) -> bool {
+        let _turn = self.control.hold_removals();
         let mut behaviour = self.control.lock();
-        let bdf = behaviour.nic(unit).map(|nic| nic.bdf);
-        bdf.and_then(|bdf| behaviour.nics.remove(&bdf)).is_some()
+        let Some(bdf) = behaviour.nic(unit).map(|nic| nic.bdf) else {
+            return false;
+        };
+        behaviour.asked.remove(&bdf);
+        behaviour.hidden.remove(&bdf);
+        behaviour.nics.remove(&bdf).is_some()
     }
 
     fn rename_nic(&self, unit: &UnitName, name: &NicName) {

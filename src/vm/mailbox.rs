@@ -82,9 +82,10 @@ pub(super) enum Notice {
     },
     /// What the guest has of its memory changed, or it told of it; the machine tells what.
     Memory,
-    /// The guest let go of the device at `bdf`.
+    /// The guest let go of the device at `bdf`, asked or not.
     Ejected {
         bdf: Bdf,
+        asked: bool,
     },
 }
 
@@ -96,7 +97,7 @@ impl Notice {
             (Self::DriverReady { unit, .. }, Self::DriverReady { unit: other, .. })
             | (Self::NeedsReset { unit, .. }, Self::NeedsReset { unit: other, .. }) => unit == other,
             (Self::Memory, Self::Memory) => true,
-            (Self::Ejected { bdf }, Self::Ejected { bdf: other }) => bdf == other,
+            (Self::Ejected { bdf, .. }, Self::Ejected { bdf: other, .. }) => bdf == other,
             (
                 Self::Power(_)
                 | Self::Memory
@@ -200,9 +201,9 @@ impl Mailbox {
         self.report(Report::Ended { cause });
     }
 
-    /// The guest let go of the device at `bdf`.
-    pub fn ejected(&self, bdf: Bdf) {
-        self.notice(Notice::Ejected { bdf });
+    /// The guest let go of the device at `bdf`; `asked` tells whether it was asked to.
+    pub fn ejected(&self, bdf: Bdf, asked: bool) {
+        self.notice(Notice::Ejected { bdf, asked });
     }
 }
 

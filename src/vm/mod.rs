@@ -350,6 +350,8 @@ impl Drop for Inner {
 mod tests;
 
 #[cfg(test)]
+mod nic_release_tests;
+#[cfg(test)]
 mod nic_tests;
 
 #[cfg(test)]

@@ -71,8 +71,9 @@ pub enum AddNicError {
 pub enum RemoveNicOutcome {
     /// The card is gone, from the machine and the configuration.
     Removed(NicRemoval),
-    /// The guest did not let go of the card before the deadline: it is still there and works. The guest may let go of
-    /// it later; an event tells when it does. `paused` tells whether the VM was not running, so that it could not.
+    /// The guest did not let go of the card before the deadline: the host has it still, and it works for as long as the
+    /// guest has not begun to let go. The guest may do so at any time, also at the very moment of the deadline; an event
+    /// tells when it has. [`Vm::offer_nic`] withdraws the request. `paused` tells whether the VM was not running, so that it could not.
     NotReleased { paused: bool },
     /// The card was removed by force meanwhile.
     Overtaken,
@@ -181,13 +182,26 @@ impl Vm {
     }
 
     /// Takes the network card called `name` from the guest without asking, as if it broke. Allowed as [`Vm::add_nic`]
-    /// is, also while the guest is being asked; that operation then ends with [`RemoveNicOutcome::Overtaken`].
+    /// is, also while the guest is being asked; that operation then ends with [`RemoveNicOutcome::Overtaken`]. Of a card
+    /// that the guest has let go of, the operation that goes on is returned.
     ///
     /// # Errors
     /// As [`Vm::remove_nic`].
     pub fn force_remove_nic(&self, name: &NicName) -> Result<Operation<RemoveNicOutcome>, NicRequestError> {
         let name = name.clone();
         self.act(move |vm| nic::force_remove(vm, &name))?
+    }
+
+    /// Offers the guest the network card called `name` again: one that it let go of without being asked comes back, and
+    /// a request to let go that had its time ([`RemoveNicOutcome::NotReleased`]) is withdrawn. A guest that has heard of
+    /// the request may still let go; it gets the card back. Allowed as [`Vm::add_nic`] is; an event tells when a driver
+    /// has the card.
+    ///
+    /// # Errors
+    /// As [`Vm::remove_nic`]; [`NicRequestError::BeingRemoved`] also when the guest has just done what it was asked.
+    pub fn offer_nic(&self, name: &NicName) -> Result<(), NicRequestError> {
+        let name = name.clone();
+        self.act(move |vm| nic_change::offer(vm, &name))?
     }
 
     /// Gives the network card `old` the name `new`, also while the guest runs: it sees the new label when it looks

@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::fake::FakePlatform;
 use super::nic::{AddNicOutcome, NicInfo, NicState, RemoveNicOutcome};
+use super::nic_tests::wait_until;
 use super::*;
 use crate::config::NicSpec;
 use crate::event::EventKind;
@@ -20,6 +21,7 @@ enum Step {
     Rename(u8, u8),
     Link(u8, bool),
     Eject(u8),
+    Offer(u8),
     Driver(u8, bool),
     Obey(bool, bool),
     Refuse(bool),
@@ -35,6 +37,7 @@ fn step() -> impl Strategy<Value = Step> {
         (card.clone(), card.clone()).prop_map(|(from, to)| Step::Rename(from, to)),
         (card.clone(), any::<bool>()).prop_map(|(card, up)| Step::Link(card, up)),
         card.clone().prop_map(Step::Eject),
+        card.clone().prop_map(Step::Offer),
         (card, any::<bool>()).prop_map(|(card, ready)| Step::Driver(card, ready)),
         (any::<bool>(), any::<bool>()).prop_map(|(takes, releases)| Step::Obey(takes, releases)),
         any::<bool>().prop_map(Step::Refuse),
@@ -80,6 +83,8 @@ fn play(vm: &Vm, platform: &FakePlatform, step: &Step, begun: &mut Begun) {
                 control.eject(nic.bdf);
             }
         }
+        // Refused or not: it begins no operation.
+        Step::Offer(card) => drop(vm.offer_nic(&card_name(card))),
         Step::Driver(card, ready) => {
             let nics = control.nics();
             if let Some(nic) = nics.get(usize::from(card)) {
@@ -121,7 +126,7 @@ proptest! {
             play(&vm, &platform, step, &mut begun);
         }
         let settled = |nic: &NicInfo| !matches!(nic.state, Some(NicState::Adding | NicState::Ejected));
-        while !vm.nics().expect("it lives").iter().all(settled) {}
+        wait_until("the cards to settle", || vm.nics().expect("it lives").iter().all(settled));
         if vm.state() == State::Running {
             let mut expected = vm.config().nics().to_vec();
             expected.sort_by_key(|nic| nic.bdf);

@@ -8,19 +8,20 @@ use super::*;
 use crate::config::{NicConfig, NicSpec};
 use crate::event::NicRemoval;
 use crate::ids::NicName;
+use std::time::Instant;
 
-const SOON: Duration = Duration::from_secs(60);
+pub(super) const SOON: Duration = Duration::from_secs(60);
 
-fn name(text: &str) -> NicName {
+pub(super) fn name(text: &str) -> NicName {
     NicName::new(text).expect("a valid name")
 }
 
-fn spec(text: &str) -> NicSpec {
+pub(super) fn spec(text: &str) -> NicSpec {
     NicSpec::new(text, format!("tap-{}", text.len()))
 }
 
 /// A VM with one card, `lan`, whose guest obeys or does not.
-fn vm(obeys: bool) -> (Vm, FakePlatform) {
+pub(super) fn vm(obeys: bool) -> (Vm, FakePlatform) {
     let platform = FakePlatform::default();
     platform.control().obey_hot_plug(obeys, obeys);
     let config = VmConfig::builder("test", "/boot/vmlinuz").nic(NicSpec::new("lan", "tap0"));
@@ -29,28 +30,28 @@ fn vm(obeys: bool) -> (Vm, FakePlatform) {
     (vm, platform)
 }
 
-fn started(obeys: bool) -> (Vm, FakePlatform) {
+pub(super) fn started(obeys: bool) -> (Vm, FakePlatform) {
     let (vm, platform) = vm(obeys);
     done(vm.start().expect("an off vm can be started"));
     (vm, platform)
 }
 
-fn done<O: Ended + std::fmt::Debug>(operation: Operation<O>) -> O {
+pub(super) fn done<O: Ended + std::fmt::Debug>(operation: Operation<O>) -> O {
     let outcome = operation.wait(SOON).expect("it ends");
     assert!(outcome.is_done(), "{outcome}");
     outcome
 }
 
-fn add(vm: &Vm, text: &str, within: Duration) -> (NicInfo, Operation<AddNicOutcome>) {
+pub(super) fn add(vm: &Vm, text: &str, within: Duration) -> (NicInfo, Operation<AddNicOutcome>) {
     vm.add_nic(spec(text), within).expect("the card can be added")
 }
 
-fn remove(vm: &Vm, text: &str, within: Duration) -> Operation<RemoveNicOutcome> {
+pub(super) fn remove(vm: &Vm, text: &str, within: Duration) -> Operation<RemoveNicOutcome> {
     vm.remove_nic(&name(text), within)
         .expect("the card can be removed")
 }
 
-fn removed(operation: &Operation<RemoveNicOutcome>, how: NicRemoval) {
+pub(super) fn removed(operation: &Operation<RemoveNicOutcome>, how: NicRemoval) {
     let outcome = operation.wait(SOON).expect("it ends");
     assert!(
         matches!(outcome, RemoveNicOutcome::Removed(is) if is == how),
@@ -58,12 +59,12 @@ fn removed(operation: &Operation<RemoveNicOutcome>, how: NicRemoval) {
     );
 }
 
-fn names(nics: &[NicConfig]) -> Vec<String> {
+pub(super) fn names(nics: &[NicConfig]) -> Vec<String> {
     nics.iter().map(|nic| nic.name.to_string()).collect()
 }
 
 /// The events that are about cards, as a reader of JSON sees them.
-fn told(events: &EventStream, until: &str) -> Vec<String> {
+pub(super) fn told(events: &EventStream, until: &str) -> Vec<String> {
     let mut told = Vec::new();
     while let Some(event) = events.next(SOON) {
         let value = serde_json::to_value(&event).expect("events are JSON");
@@ -76,6 +77,15 @@ fn told(events: &EventStream, until: &str) -> Vec<String> {
         }
     }
     panic!("no {until} behind {told:?}");
+}
+
+/// Waits for what the supervisor does soon; a test that waits for long has failed.
+pub(super) fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !holds() {
+        assert!(began.elapsed() < SOON, "no end of waiting for {what}");
+        std::thread::yield_now();
+    }
 }
 
 #[test]
@@ -154,7 +164,6 @@ fn a_guest_that_ignores_the_request_keeps_a_working_card_and_may_let_go_late() {
     let (vm, platform) = started(false);
     let bdf = vm.config().nics()[0].bdf;
     let events = vm.events();
-    platform.control().eject(bdf);
     let operation = remove(&vm, "lan", Duration::ZERO);
     let outcome = operation.wait(SOON).expect("the deadline passes");
     assert!(
@@ -162,7 +171,6 @@ fn a_guest_that_ignores_the_request_keeps_a_working_card_and_may_let_go_late() {
         "{outcome}"
     );
     assert_eq!(vm.nics().expect("it lives")[0].state, Some(NicState::Attached));
-    assert_eq!(names(&platform.control().nics()), ["lan"], "nobody had asked");
     platform.control().eject(bdf);
     let expected = ["nic-eject-requested", "nic-remove-refused", "nic-removed"];
     assert_eq!(told(&events, "nic-removed"), expected);
@@ -198,7 +206,7 @@ fn a_removal_overtakes_an_addition_that_waits_for_a_driver() {
     let (vm, platform) = started(false);
     let (info, added) = add(&vm, "Fred", SOON);
     let attached = || vm.nics().expect("it lives")[1].state == Some(NicState::Attached);
-    while !attached() {}
+    wait_until("the card to be attached", attached);
     let asked = remove(&vm, "Fred", SOON);
     let outcome = added.wait(SOON).expect("it is overtaken");
     assert!(matches!(outcome, AddNicOutcome::Overtaken), "{outcome}");
@@ -354,7 +362,8 @@ fn the_lives_of_cards_can_be_looked_up_in_bounds() {
         .iter()
         .map(|step| step["state"].as_str().unwrap_or_default())
         .collect();
-    let words: Vec<_> = NicState::ALL.iter().map(|state| state.as_str()).collect();
+    let lived = NicState::ALL.iter().filter(|state| **state != NicState::Released);
+    let words: Vec<_> = lived.map(|state| state.as_str()).collect();
     assert_eq!(states, words);
     assert_eq!(told["nics"]["present"][0]["name"], "lan");
 }

@@ -94,6 +94,10 @@ pub trait Machine: Send + Sync {
     /// sees no such device.
     fn request_eject(&self, unit: &UnitName) -> bool;
 
+    /// Withdraws a request to let go of the device and asks the guest to look at it again, also if it has let go of it
+    /// unasked. `false` when there is no such device, or the guest has let go of it as it was asked to.
+    fn offer(&self, unit: &UnitName) -> bool;
+
     /// Gives back everything of the device, whether the guest has let go of it or not. Called on a worker thread.
     /// `false` when there is no such device.
     fn remove_device(&self, unit: &UnitName) -> bool;

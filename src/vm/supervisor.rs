@@ -150,7 +150,7 @@ impl Supervisor {
         all.chain(held).chain(halted).min()
     }
 
-    fn handle(&mut self, message: Message) {
+    pub(super) fn handle(&mut self, message: Message) {
         match message {
             Message::Request { request, reply } => {
                 let answer = self.request(request);
@@ -232,8 +232,9 @@ impl Supervisor {
                 nic::driver_ready(self, &unit, ready);
                 self.tell_of_guest(EventKind::DriverReady { unit, ready });
             }
-            Notice::Ejected { bdf } => nic::ejected(self, bdf),
+            Notice::Ejected { bdf, asked } => nic::ejected(self, bdf, asked),
             Notice::NeedsReset { unit, reason } => {
+                nic::driver_ready(self, &unit, false);
                 self.tell_of_guest(EventKind::DeviceNeedsReset { unit, reason });
             }
         }

@@ -153,6 +153,10 @@ impl Machine for KvmMachine {
         self.devices.request_eject(unit)
     }
 
+    fn offer(&self, unit: &UnitName) -> bool {
+        self.devices.offer(unit)
+    }
+
     fn remove_device(&self, unit: &UnitName) -> bool {
         self.devices.remove(unit)
     }
@@ -182,6 +186,8 @@ impl Machine for KvmMachine {
             "ram": { "size_bytes": self.ram.size_bytes(), "resident_bytes": self.ram.resident_bytes().ok() },
             "memslot_count": self.memslots.len(),
             "msi_count": self.resources.gsi.msi_count(),
+            "ioevent_count": self.resources.ioevents.count(),
+            "mmio_range_count": self.resources.mmio.range_count(),
         })
     }
 }
@@ -206,7 +212,7 @@ pub(super) fn build_nic(
 }
 
 impl SlotListener for Mailbox {
-    fn ejected(&self, bdf: Bdf) {
-        Mailbox::ejected(self, bdf);
+    fn ejected(&self, bdf: Bdf, asked: bool) {
+        Mailbox::ejected(self, bdf, asked);
     }
 }

@@ -24,6 +24,7 @@ mod memory;
 mod net;
 mod nic;
 mod nic_cycles;
+mod nic_rough;
 mod programs;
 mod tiny;
 mod vmm;
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
         hotplug::trials(),
         nic::trials(),
         nic_cycles::trials(),
+        nic_rough::trials(),
         labels::trials(),
         hostile::trials(),
         embedder::trials(),

@@ -315,7 +315,17 @@ fn vmm_changes_cards() -> Result<(), Failed> {
     );
     assert_eq!(vmm.refuse("nic link Fred 'up")?, "the quote ' is not closed");
     assert!(vmm.refuse("nic dance")?.starts_with("the commands are nic add "));
+    vmm.accept("nic link Fred up")?;
+    assert_eq!(vmm.accept("status")?["nics"][1]["link"], "up");
     vmm.accept("nic remove Fred 300")?;
+    // Nobody has time: the card comes all the same, and goes by force.
+    assert_eq!(
+        vmm.refuse(&format!("nic add name=hasty,tap={second} 0"))?,
+        "no driver in the guest took the network card before the deadline"
+    );
+    assert_eq!(vmm.accept("status")?["nics"][1]["name"], "hasty");
+    vmm.accept("nic offer hasty")?;
+    vmm.accept("nic remove hasty 0 force")?;
     vmm.accept("nic remove 'the \"red\" one' force")?;
     assert_eq!(vmm.accept("status")?["nics"], Value::Array(Vec::new()));
     vmm.accept(&format!("nic add name=last,tap={second} 300"))?;
@@ -341,6 +351,7 @@ fn tells_of_cards(vmm: &Vmm) {
         "nic-attached",
         "nic-driver-ready",
         "nic-eject-requested",
+        "nic-remove-refused",
         "nic-removed",
         "nic-renamed",
         "nic-link",

@@ -5,14 +5,19 @@
 //! insert, announce ────► changed bits, GED event ────► _EVT → HPSC → Notify (slot, 1)    looks at the slot
 //! request_eject    ────► eject bits,   GED event ────► _EVT → HPSC → Notify (slot, 3)    lets go of the device
 //! listener         ◄──── eject register          ◄──── slot's _EJ0                       has let go of it
+//! offer            ────► changed bits, GED event ────► as for a new device                looks again
 //! tell_taken       ────► eject bits,   GED event ────► the same for what was taken by force
 //! insert, rename   ────► index and label         ────► slot's _DSM, function 7           reads the card's name
 //! ```
 //! A slot has no `_STA`: whether a device is there the guest reads from its configuration space, and booting evaluates
-//! nothing that touches a register, but for the `_DSM` of slots that hold something.
+//! nothing that touches a register, but for the `_DSM` of slots that hold something
+//! (`docs/decisions/0008-slots-without-sta.md`).
 
 pub mod aml;
 pub mod registers;
+mod remnant;
+mod state;
+mod unit;
 
 #[cfg(test)]
 mod tests;

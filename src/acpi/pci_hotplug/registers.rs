@@ -15,24 +15,22 @@
 //! of a slot without a hot-pluggable device is logged and ignored. Index and label are taken when the slot is
 //! selected, so that a name which changes meanwhile is read as it was and not as a mixture.
 
-use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use serde_json::{Value, json};
-
+use super::remnant::Remnant;
+use super::state::{Ejected, Place, Slot, State};
 use crate::acpi::device::AcpiDevice;
 use crate::acpi::ged::GedEvent;
-use crate::acpi::saved::{PCI_HOTPLUG_SCHEMA, SavedPciHotplugV1};
-use crate::bus::{BusClaim, BusDevice};
+use crate::bus::{Bus, BusDevice, BusError};
 use crate::guest_log::GuestLog;
-use crate::ids::{Bdf, NicName, UnitName};
+use crate::ids::{Bdf, NicName};
 use crate::memory::layout::{
     ACPI_REGISTERS_BYTES, HOTPLUG_EJECT_OFFSET, HOTPLUG_INDEX_OFFSET, HOTPLUG_LABEL_BYTES,
     HOTPLUG_LABEL_OFFSET, HOTPLUG_OFFSET, HOTPLUG_SELECT_OFFSET, SEGMENT_COUNT,
 };
 use crate::pci::device::PciDevice;
-use crate::pci::slots::{OccupiedSlot, SlotReservation};
-use crate::unit::{PauseTicket, RestoreError, SaveError, Section, Unit};
+use crate::pci::slots::SlotReservation;
 
 /// The number of bytes that [`PciHotplug`] answers from `layout::HOTPLUG_OFFSET`.
 pub const PCI_HOTPLUG_BYTES: u64 = ACPI_REGISTERS_BYTES - HOTPLUG_OFFSET;
@@ -46,8 +44,9 @@ const _: () = assert!(2 * (NicName::MAX_BYTES + 1) <= HOTPLUG_LABEL_BYTES);
 
 /// Hears what the guest does with slots. Implemented by the supervisor's mailbox; never blocks.
 pub trait SlotListener: Send + Sync {
-    /// The guest has let go of the device at `bdf`, asked or not, and does not see it any more.
-    fn ejected(&self, bdf: Bdf);
+    /// The guest has let go of the device at `bdf` and does not see it any more. `asked` tells whether it was asked to;
+    /// one that was not is the guest's own affair.
+    fn ejected(&self, bdf: Bdf, asked: bool);
 }
 
 /// What a network card is called in the guest.
@@ -62,40 +61,11 @@ pub struct SlotName {
 /// The register file and the hot-pluggable devices; the unit `pci-hotplug`.
 pub struct PciHotplug {
     acpi: Arc<AcpiDevice>,
+    mmio: Bus,
     listener: Arc<dyn SlotListener>,
     log: GuestLog,
     /// Never held while the listener or the event device is called.
     state: Mutex<State>,
-}
-
-#[derive(Default)]
-struct State {
-    changed: [u32; SEGMENT_COUNT as usize],
-    eject_requests: [u32; SEGMENT_COUNT as usize],
-    select: u32,
-    selected: Selected,
-    slots: BTreeMap<Bdf, Slot>,
-    /// Of devices that were taken by force, until the guest lets go of them.
-    remnants: BTreeMap<Bdf, Option<BusClaim>>,
-}
-
-/// The name of the selected slot as the guest reads it.
-struct Selected {
-    index: u32,
-    label: [u8; HOTPLUG_LABEL_BYTES],
-}
-
-struct Slot {
-    device: Arc<dyn PciDevice>,
-    place: Place,
-    name: Option<SlotName>,
-}
-
-enum Place {
-    Seen(OccupiedSlot),
-    /// The guest has ejected it, and the host has not taken it away; or it waits for the guest to let go of the device
-    /// that was taken out of its slot by force.
-    Ejected(SlotReservation),
 }
 
 /// A device that is not in its slot any more; the slot is taken until this is dropped.
@@ -108,21 +78,13 @@ pub enum Removed {
     ByForce(SlotReservation),
 }
 
-/// What a write to the eject register did.
-enum Ejected {
-    Device,
-    /// `awaited` tells whether a new device is in the slot.
-    Remnant {
-        awaited: bool,
-    },
-    Nothing,
-}
-
 impl PciHotplug {
-    /// Makes the registers of a machine without hot-pluggable devices. Events go through `acpi`.
-    pub fn new(acpi: Arc<AcpiDevice>, listener: Arc<dyn SlotListener>) -> Self {
+    /// Makes the registers of a machine without hot-pluggable devices. Events go through `acpi`; devices have their
+    /// registers on `mmio`.
+    pub fn new(acpi: Arc<AcpiDevice>, mmio: Bus, listener: Arc<dyn SlotListener>) -> Self {
         Self {
             acpi,
+            mmio,
             listener,
             log: GuestLog::new("pci-hotplug"),
             state: Mutex::default(),
@@ -136,7 +98,7 @@ impl PciHotplug {
         let bdf = slot.bdf();
         let mut state = self.lock();
         let place = if state.remnants.contains_key(&bdf) {
-            Place::Ejected(slot)
+            Place::Hidden(slot)
         } else {
             Place::Seen(slot.occupy(device.clone()))
         };
@@ -149,9 +111,7 @@ impl PciHotplug {
         if state.remnants.contains_key(&bdf) {
             return;
         }
-        if let Some(bits) = state.changed.get_mut(usize::from(bdf.segment())) {
-            *bits |= bit(bdf);
-        }
+        state.note_changed(bdf);
         drop(state);
         self.acpi.raise(GedEvent::PciHotplug);
     }
@@ -159,13 +119,26 @@ impl PciHotplug {
     /// Asks the guest to let go of the device at `bdf`; `false` when it sees no hot-pluggable one there.
     pub fn request_eject(&self, bdf: Bdf) -> bool {
         let mut state = self.lock();
-        if !matches!(state.slots.get(&bdf), Some(slot) if matches!(slot.place, Place::Seen(_))) {
+        if !state.is_seen(bdf) {
             return false;
         }
+        state.asked.insert(bdf);
         state.request_eject(bdf);
         drop(state);
         self.acpi.raise(GedEvent::PciHotplug);
         true
+    }
+
+    /// Withdraws the request to let go of the device at `bdf` and asks the guest to look at it, also if it has let go of
+    /// it without being asked. `false` when there is no such device, or the guest has let go of it as it was asked to.
+    pub fn offer(&self, bdf: Bdf) -> bool {
+        let mut state = self.lock();
+        let offered = state.offer(bdf);
+        drop(state);
+        if offered {
+            self.announce(bdf);
+        }
+        offered
     }
 
     /// Takes the device at `bdf` out of its slot and hands the slot back, still taken. `None` when no hot-pluggable
@@ -173,19 +146,22 @@ impl PciHotplug {
     pub fn remove(&self, bdf: Bdf) -> Option<Removed> {
         let mut state = self.lock();
         let slot = state.slots.remove(&bdf)?;
+        state.asked.remove(&bdf);
         state.forget_events(bdf);
         drop(state);
         Some(match slot.place {
-            Place::Ejected(slot) => Removed::Ejected(slot),
+            Place::Hidden(slot) => Removed::Ejected(slot),
             Place::Seen(slot) => Removed::ByForce(slot.vacate()),
         })
     }
 
     /// Tells the guest that the device at `bdf` was taken by force. Until its driver has let go of the device it finds
-    /// `remnant` at its addresses.
-    pub fn tell_taken(&self, bdf: Bdf, remnant: Option<BusClaim>) {
+    /// zeros at `range`, where the device's registers were and no device is any more.
+    pub fn tell_taken(&self, bdf: Bdf, range: Option<Range<u64>>) {
+        // Where the guest has put another device meanwhile, nothing is left of this one but its slot.
+        let remnant = self.remnant(range).or_else(|_| self.remnant(None));
         let mut state = self.lock();
-        state.remnants.insert(bdf, remnant);
+        state.remnants.extend(remnant.ok().map(|remnant| (bdf, remnant)));
         state.request_eject(bdf);
         drop(state);
         self.acpi.raise(GedEvent::PciHotplug);
@@ -194,17 +170,14 @@ impl PciHotplug {
     /// Gives the card at `bdf` another label, which the guest reads when it looks the next time. A card that has no
     /// name in the guest gets none.
     pub fn rename(&self, bdf: Bdf, label: &NicName) {
-        let mut state = self.lock();
-        if let Some(name) = state.slots.get_mut(&bdf).and_then(|slot| slot.name.as_mut()) {
-            name.label = label.clone();
-        }
+        self.lock().rename(bdf, label);
     }
 
     fn eject(&self, number: u32) {
         let ejected = slot_of(number).map(|bdf| (bdf, self.lock().eject(bdf)));
         match ejected {
-            Some((bdf, Ejected::Device)) => self.listener.ejected(bdf),
-            Some((bdf, Ejected::Remnant { awaited: true })) => self.announce(bdf),
+            Some((bdf, Ejected::Device { asked })) => self.listener.ejected(bdf, asked),
+            Some((bdf, Ejected::Remnant { awaited: true } | Ejected::NotMeant)) => self.announce(bdf),
             Some((_, Ejected::Remnant { awaited: false })) => {}
             Some((_, Ejected::Nothing)) | None => self.log.warn(format_args!(
                 "the guest ejects slot {number:#x}, where nothing can be ejected"
@@ -212,102 +185,17 @@ impl PciHotplug {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn remnant(&self, range: Option<Range<u64>>) -> Result<Remnant, BusError> {
+        Remnant::new(&self.mmio, range)
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
-    /// Hides the device at `bdf`, or removes what is left of one.
-    fn eject(&mut self, bdf: Bdf) -> Ejected {
-        if self.remnants.remove(&bdf).is_some() {
-            self.show(bdf);
-            let awaited = self.slots.contains_key(&bdf);
-            return Ejected::Remnant { awaited };
-        }
-        match self.slots.remove(&bdf) {
-            Some(Slot {
-                device,
-                place: Place::Seen(slot),
-                name,
-            }) => {
-                let place = Place::Ejected(slot.vacate());
-                self.slots.insert(bdf, Slot { device, place, name });
-                self.forget_events(bdf);
-                Ejected::Device
-            }
-            Some(slot) => {
-                self.slots.insert(bdf, slot);
-                Ejected::Nothing
-            }
-            None => Ejected::Nothing,
-        }
-    }
-
-    fn request_eject(&mut self, bdf: Bdf) {
-        if let Some(bits) = self.eject_requests.get_mut(usize::from(bdf.segment())) {
-            *bits |= bit(bdf);
-        }
-    }
-
-    /// Shows every device that was ejected and is still here.
-    fn show_all(&mut self) {
-        let all: Vec<_> = self.slots.keys().copied().collect();
-        all.into_iter().for_each(|bdf| self.show(bdf));
-    }
-
-    /// Shows the device at `bdf`, if there is one.
-    fn show(&mut self, bdf: Bdf) {
-        if let Some(Slot { device, place, name }) = self.slots.remove(&bdf) {
-            let place = match place {
-                Place::Ejected(reservation) => Place::Seen(reservation.occupy(device.clone())),
-                Place::Seen(slot) => Place::Seen(slot),
-            };
-            self.slots.insert(bdf, Slot { device, place, name });
-        }
-    }
-
-    fn forget_events(&mut self, bdf: Bdf) {
-        let segment = usize::from(bdf.segment());
-        for bits in [&mut self.changed, &mut self.eject_requests] {
-            if let Some(bits) = bits.get_mut(segment) {
-                *bits &= !bit(bdf);
-            }
-        }
-    }
-
-    fn select(&mut self, number: u32) {
-        self.select = number;
-        let slot = slot_of(number).and_then(|bdf| self.slots.get(&bdf));
-        self.selected = slot.and_then(|slot| slot.name.as_ref()).into();
-    }
-}
-
-impl Default for Selected {
-    fn default() -> Self {
-        Self {
-            index: 0,
-            label: [0; HOTPLUG_LABEL_BYTES],
-        }
-    }
-}
-
-impl From<Option<&SlotName>> for Selected {
-    fn from(name: Option<&SlotName>) -> Self {
-        let mut selected = Self::default();
-        if let Some(SlotName { acpi_index, label }) = name {
-            selected.index = (*acpi_index).into();
-            let units = label.as_str().encode_utf16().map(u16::to_le_bytes);
-            for (place, unit) in selected.label.chunks_exact_mut(2).zip(units) {
-                place.copy_from_slice(&unit);
-            }
-        }
-        selected
-    }
-}
-
 /// The slot with this number.
-fn slot_of(number: u32) -> Option<Bdf> {
+pub(super) fn slot_of(number: u32) -> Option<Bdf> {
     let (segment, slot) = (
         number / u32::from(Bdf::SLOT_COUNT),
         number % u32::from(Bdf::SLOT_COUNT),
@@ -323,22 +211,17 @@ pub(super) fn number_of(bdf: Bdf) -> u32 {
     u32::from(bdf.segment()) * u32::from(Bdf::SLOT_COUNT) + u32::from(bdf.slot())
 }
 
-fn bit(bdf: Bdf) -> u32 {
-    1 << bdf.slot()
-}
-
 impl BusDevice for PciHotplug {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let mut state = self.lock();
         let word = match (offset, data.len()) {
             (0..SEGMENTS_END, 4) if offset.is_multiple_of(4) => {
                 let segment = (offset / SEGMENT_STRIDE) as usize;
-                let bits = if offset.is_multiple_of(SEGMENT_STRIDE) {
-                    &mut state.changed
+                if offset.is_multiple_of(SEGMENT_STRIDE) {
+                    state.changed.get_mut(segment).map_or(0, std::mem::take)
                 } else {
-                    &mut state.eject_requests
-                };
-                bits.get_mut(segment).map_or(0, std::mem::take)
+                    state.take_eject_requests(segment)
+                }
             }
             (HOTPLUG_EJECT_OFFSET | HOTPLUG_SELECT_OFFSET, 4) => 0,
             (HOTPLUG_INDEX_OFFSET, 4) => state.selected.index,
@@ -364,89 +247,5 @@ impl BusDevice for PciHotplug {
             HOTPLUG_SELECT_OFFSET => self.lock().select(word),
             _ => {}
         }
-    }
-}
-
-impl Unit for PciHotplug {
-    fn name(&self) -> UnitName {
-        UnitName::new("pci-hotplug").expect("a short name")
-    }
-
-    /// A device that the guest ejected and the host kept is in its slot again; requests are for the guest that is
-    /// gone, and whoever made them decides what follows.
-    fn reset(&self) {
-        let mut state = self.lock();
-        state.changed = Default::default();
-        state.eject_requests = Default::default();
-        state.remnants.clear();
-        state.show_all();
-        state.select(0);
-    }
-
-    fn pause(&self, ticket: PauseTicket) {
-        // Nothing is ever in flight, and the event device keeps its line quiet.
-        drop(ticket);
-    }
-
-    fn resume(&self) {}
-
-    fn save(&self) -> Result<Section, SaveError> {
-        let state = self.lock();
-        let ejected = state.slots.iter().filter(|(_, slot)| slot.is_ejected());
-        let saved = SavedPciHotplugV1 {
-            changed: state.changed,
-            eject_requests: state.eject_requests,
-            select: state.select,
-            ejected: ejected.map(|(bdf, _)| *bdf).collect(),
-        };
-        Section::encode(PCI_HOTPLUG_SCHEMA, &saved)
-    }
-
-    fn restore(&self, section: &Section) -> Result<(), RestoreError> {
-        let SavedPciHotplugV1 {
-            changed,
-            eject_requests,
-            select,
-            ejected,
-        } = section.decode(PCI_HOTPLUG_SCHEMA)?;
-        let mut state = self.lock();
-        for bdf in ejected {
-            if !matches!(state.eject(bdf), Ejected::Device) {
-                return Err(RestoreError::Value {
-                    field: "ejected",
-                    value: bdf.to_string(),
-                    reason: "no device there can be ejected",
-                });
-            }
-        }
-        // Behind the ejects, which forget what was told of their slots.
-        state.changed = changed;
-        state.eject_requests = eject_requests;
-        state.select(select);
-        Ok(())
-    }
-
-    fn inspect(&self) -> Value {
-        let state = self.lock();
-        let slot = |(bdf, slot): (&Bdf, &Slot)| {
-            let name = slot.name.as_ref();
-            json!({
-                "bdf": bdf,
-                "ejected": slot.is_ejected(),
-                "acpi_index": name.map(|name| name.acpi_index),
-                "label": name.map(|name| name.label.as_str()),
-            })
-        };
-        json!({
-            "changed": state.changed,
-            "eject_requests": state.eject_requests,
-            "slots": state.slots.iter().map(slot).collect::<Vec<_>>(),
-        })
-    }
-}
-
-impl Slot {
-    fn is_ejected(&self) -> bool {
-        matches!(self.place, Place::Ejected(_))
     }
 }

@@ -7,17 +7,18 @@ use proptest::prelude::*;
 use super::aml;
 use super::registers::{PCI_HOTPLUG_BYTES, PciHotplug, Removed, SlotListener, SlotName};
 use crate::acpi::device::AcpiDevice;
+use crate::acpi::saved::PCI_HOTPLUG_SCHEMA;
 use crate::bus::{Bus, BusDevice};
 use crate::ids::{Bdf, NicName};
 use crate::machine::fake::FakeVm;
 use crate::machine::gsi::GsiTable;
 use crate::memory::layout::{
     GED_GSI, GED_SELECT_OFFSET, HOTPLUG_EJECT_OFFSET, HOTPLUG_INDEX_OFFSET, HOTPLUG_LABEL_BYTES,
-    HOTPLUG_LABEL_OFFSET, HOTPLUG_SELECT_OFFSET, SEGMENT_COUNT, ecam_address,
+    HOTPLUG_LABEL_OFFSET, HOTPLUG_SELECT_OFFSET, SEGMENT_COUNT, ecam_address, mmio_slot,
 };
 use crate::pci::device::PciDevice;
 use crate::pci::root::PciRoot;
-use crate::unit::{PowerListener, PowerRequest, Unit};
+use crate::unit::{PowerListener, PowerRequest, Section, Unit};
 
 /// Says nothing of itself but that it is there.
 struct Present;
@@ -30,22 +31,12 @@ impl PciDevice for Present {
     fn config_write(&self, _offset: u16, _data: &[u8]) {}
 }
 
-struct Zeros;
-
-impl BusDevice for Zeros {
-    fn read(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
-    }
-
-    fn write(&self, _offset: u64, _data: &[u8]) {}
-}
-
 #[derive(Default)]
-struct Heard(Mutex<Vec<Bdf>>);
+struct Heard(Mutex<Vec<(Bdf, bool)>>);
 
 impl SlotListener for Heard {
-    fn ejected(&self, bdf: Bdf) {
-        self.0.lock().unwrap().push(bdf);
+    fn ejected(&self, bdf: Bdf, asked: bool) {
+        self.0.lock().unwrap().push((bdf, asked));
     }
 }
 
@@ -70,8 +61,8 @@ impl Rig {
         let acpi = Arc::new(AcpiDevice::new(line, heard.clone()));
         Self {
             root: PciRoot::new(&mmio).unwrap(),
+            hotplug: PciHotplug::new(acpi.clone(), mmio.clone(), heard.clone()),
             mmio,
-            hotplug: PciHotplug::new(acpi.clone(), heard.clone()),
             acpi,
             heard,
         }
@@ -127,7 +118,8 @@ impl Rig {
         String::from_utf16(&units[..end]).unwrap()
     }
 
-    fn heard(&self) -> Vec<Bdf> {
+    /// Which devices the guest has let go of, and whether it was asked to.
+    fn heard(&self) -> Vec<(Bdf, bool)> {
         std::mem::take(&mut self.heard.0.lock().unwrap())
     }
 }
@@ -159,7 +151,7 @@ fn a_device_is_asked_back_ejected_and_taken_away() {
     assert_eq!((rig.events(), rig.read(4), rig.read(4)), (2, 1 << 8, 0));
     assert!(rig.is_seen(place), "the guest may keep it");
     rig.write(HOTPLUG_EJECT_OFFSET, 8);
-    assert_eq!((rig.is_seen(place), rig.heard()), (false, vec![place]));
+    assert_eq!((rig.is_seen(place), rig.heard()), (false, vec![(place, true)]));
     rig.write(HOTPLUG_EJECT_OFFSET, 8);
     assert_eq!(rig.heard(), [], "once");
     assert!(!rig.hotplug.request_eject(place), "it is on its way out");
@@ -180,20 +172,21 @@ fn a_device_is_asked_back_ejected_and_taken_away() {
 fn what_is_left_of_a_device_taken_by_force_goes_with_its_driver() {
     let rig = Rig::new();
     let place = bdf(1, 1);
-    let remnant = || rig.mmio.claim(0x1000, 8, Arc::new(Zeros)).ok();
-    let is_left = || rig.mmio.read(0x1000, &mut [0; 4]);
+    let bar = mmio_slot(place);
+    let bar = || Some(bar..bar + 0x8000);
+    let is_left = || rig.mmio.read(mmio_slot(place), &mut [0xFF; 4]);
     rig.insert(place, None);
     assert!(matches!(
         rig.hotplug.remove(place),
         Some(Removed::ByForce(slot)) if slot.bdf() == place
     ));
-    rig.hotplug.tell_taken(place, remnant());
+    rig.hotplug.tell_taken(place, bar());
     assert!(is_left() && !rig.is_seen(place));
     assert_eq!((rig.events(), rig.read(8), rig.read(12)), (2, 0, 1 << 1));
     rig.write(HOTPLUG_EJECT_OFFSET, 33);
     assert!(!is_left(), "the driver let go");
     assert_eq!(rig.heard(), [], "the host knows already");
-    rig.hotplug.tell_taken(place, remnant());
+    rig.hotplug.tell_taken(place, bar());
     rig.hotplug.reset();
     assert!(!is_left(), "no driver is left");
 }
@@ -214,7 +207,105 @@ fn a_device_waits_until_the_guest_has_let_go_of_the_one_before() {
     assert!(rig.is_seen(place));
     assert_eq!((rig.events(), rig.read(0)), (2, 1 << 8), "and looks again");
     rig.write(HOTPLUG_EJECT_OFFSET, 8);
-    assert_eq!(rig.heard(), [place]);
+    assert_eq!(rig.heard(), [(place, false)]);
+}
+
+#[test]
+fn a_request_that_is_answered_twice_takes_one_device() {
+    let rig = Rig::new();
+    let place = bdf(0, 8);
+    let (take, answer) = (|| rig.read(4), || rig.write(HOTPLUG_EJECT_OFFSET, 8));
+    // Asked twice: the guest has queued two answers, and the first is done when the next card comes.
+    rig.insert(place, None);
+    for _ in 0..2 {
+        assert!(rig.hotplug.request_eject(place));
+        assert_eq!(take(), 1 << 8);
+    }
+    answer();
+    assert_eq!(rig.heard(), [(place, true)]);
+    drop(rig.hotplug.remove(place));
+    rig.insert(place, None);
+    rig.events();
+    answer();
+    assert_eq!((rig.heard(), rig.is_seen(place)), (vec![], true));
+    assert_eq!((rig.events(), rig.read(0)), (2, 1 << 8), "it looks again");
+
+    // Asked once and then taken by force, with the next card behind what is left.
+    assert!(rig.hotplug.request_eject(place));
+    take();
+    drop(rig.hotplug.remove(place));
+    rig.hotplug.tell_taken(place, None);
+    take();
+    rig.insert(place, None);
+    answer();
+    assert!(rig.is_seen(place), "the first answer shows it");
+    answer();
+    assert_eq!((rig.heard(), rig.is_seen(place)), (vec![], true));
+
+    // Nothing is unanswered any more: what the guest does now is its own affair.
+    answer();
+    assert_eq!((rig.heard(), rig.is_seen(place)), (vec![(place, false)], false));
+}
+
+#[test]
+fn a_request_that_was_not_read_is_not_about_the_next_device() {
+    let rig = Rig::new();
+    let place = bdf(0, 8);
+    rig.insert(place, None);
+    assert!(rig.hotplug.request_eject(place));
+    rig.read(4);
+    drop(rig.hotplug.remove(place));
+    rig.hotplug.tell_taken(place, None);
+    rig.insert(place, None);
+    rig.write(HOTPLUG_EJECT_OFFSET, 8);
+    assert_eq!(rig.read(4), 0, "it was about the device before");
+}
+
+#[test]
+fn a_device_that_is_asked_for_goes_with_whatever_answer_comes() {
+    let rig = Rig::new();
+    let place = bdf(0, 8);
+    rig.insert(place, None);
+    for _ in 0..2 {
+        assert!(rig.hotplug.request_eject(place));
+        rig.read(4);
+    }
+    rig.write(HOTPLUG_EJECT_OFFSET, 8);
+    drop(rig.hotplug.remove(place));
+    rig.insert(place, None);
+    assert!(rig.hotplug.request_eject(place));
+    rig.write(HOTPLUG_EJECT_OFFSET, 8);
+    assert_eq!(rig.heard(), [(place, true), (place, true)]);
+    rig.hotplug.reset();
+    rig.write(HOTPLUG_EJECT_OFFSET, 8);
+    assert_eq!(rig.heard(), [(place, false)], "a new guest has nothing to answer");
+}
+
+#[test]
+fn a_device_is_offered_again_unless_the_guest_did_as_it_was_asked() {
+    let rig = Rig::new();
+    let place = bdf(0, 8);
+    assert!(!rig.hotplug.offer(place), "nothing is there");
+    rig.insert(place, None);
+    rig.write(HOTPLUG_EJECT_OFFSET, 8);
+    assert_eq!((rig.heard(), rig.is_seen(place)), (vec![(place, false)], false));
+    assert!(rig.hotplug.offer(place) && rig.is_seen(place));
+    assert_eq!((rig.events(), rig.read(0)), (2, 1 << 8));
+    // Withdrawn before the guest reads it, and behind that.
+    assert!(rig.hotplug.request_eject(place) && rig.hotplug.offer(place));
+    assert_eq!(rig.read(4), 0);
+    assert!(rig.hotplug.request_eject(place));
+    assert_eq!(rig.read(4), 1 << 8);
+    assert!(rig.hotplug.offer(place));
+    rig.write(HOTPLUG_EJECT_OFFSET, 8);
+    assert_eq!(
+        (rig.heard(), rig.is_seen(place)),
+        (vec![], true),
+        "it answers too late"
+    );
+    assert!(rig.hotplug.request_eject(place));
+    rig.write(HOTPLUG_EJECT_OFFSET, 8);
+    assert!(!rig.hotplug.offer(place) && !rig.is_seen(place));
 }
 
 #[test]
@@ -268,7 +359,7 @@ fn a_reset_shows_what_the_host_has_kept_and_forgets_requests() {
         (rig.read(0), rig.read(4), rig.read(HOTPLUG_INDEX_OFFSET)),
         (0, 0, 0)
     );
-    assert_eq!(rig.heard(), [bdf(0, 8)], "who kept it was told before");
+    assert_eq!(rig.heard(), [(bdf(0, 8), false)], "who kept it was told before");
 }
 
 #[test]
@@ -279,6 +370,8 @@ fn events_selection_and_ejected_slots_are_saved() {
         rig.insert(bdf(1, 3), None);
     }
     rig.hotplug.announce(bdf(0, 8));
+    assert!(rig.hotplug.request_eject(bdf(0, 8)));
+    rig.read(4);
     assert!(rig.hotplug.request_eject(bdf(0, 8)));
     rig.write(HOTPLUG_EJECT_OFFSET, 32 + 3);
     rig.write(HOTPLUG_SELECT_OFFSET, 8);
@@ -291,11 +384,55 @@ fn events_selection_and_ejected_slots_are_saved() {
         (other.read(HOTPLUG_INDEX_OFFSET), other.label()),
         (7, "LAN".to_owned())
     );
+    other.write(HOTPLUG_EJECT_OFFSET, 8);
+    assert_eq!(other.heard(), [(bdf(0, 8), true)], "it was asked before");
     let empty = Rig::new().hotplug.restore(&section).unwrap_err();
     assert_eq!(
         empty.to_string(),
         "saved ejected is 0001:00:03.0: no device there can be ejected"
     );
+}
+
+#[test]
+fn what_is_left_of_a_device_is_saved_with_the_one_that_waits_behind_it() {
+    let (rig, other) = (Rig::new(), Rig::new());
+    let (place, base) = (bdf(1, 1), mmio_slot(bdf(1, 1)));
+    rig.insert(place, None);
+    drop(rig.hotplug.remove(place));
+    rig.hotplug.tell_taken(place, Some(base..base + 0x8000));
+    rig.read(12);
+    rig.insert(place, None);
+    let section = rig.hotplug.save().unwrap();
+    other.insert(place, None);
+    other.hotplug.restore(&section).unwrap();
+    assert_eq!(other.hotplug.save().unwrap(), section);
+    let mut data = [0xFF; 4];
+    assert!(other.mmio.read(base, &mut data) && data == [0; 4]);
+    assert!(!other.is_seen(place), "it waits");
+    other.write(HOTPLUG_EJECT_OFFSET, 33);
+    assert!(other.is_seen(place) && !other.mmio.read(base, &mut data));
+    assert_eq!(
+        (other.heard(), other.read(8)),
+        (vec![], 1 << 1),
+        "and is announced"
+    );
+
+    // Two machines cannot have been one.
+    let error = other
+        .hotplug
+        .restore(&section)
+        .and_then(|()| other.hotplug.restore(&section));
+    assert!(
+        error
+            .unwrap_err()
+            .to_string()
+            .ends_with("something else answers there")
+    );
+    let mut outside: serde_json::Value = section.decode(PCI_HOTPLUG_SCHEMA).unwrap();
+    outside["remnants"][0]["bar"][0] = 0x1000.into();
+    let outside = Section::encode(PCI_HOTPLUG_SCHEMA, &outside).unwrap();
+    let error = Rig::new().hotplug.restore(&outside).unwrap_err().to_string();
+    assert!(error.ends_with("no device can have been there"), "{error}");
 }
 
 #[test]

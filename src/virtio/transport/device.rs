@@ -1,8 +1,9 @@
 //! A virtio device in a PCI slot, as its owner holds it.
 //!
 //! Whoever holds the [`Arc`]s (the slot, the list of units) decides how long a device lives: nothing that it is
-//! registered with owns it. When the last of them goes, its range, routes, ioeventfds and its watch on the event loop
-//! are free before the drop returns, even if the loop is in the middle of one of its events.
+//! registered with owns it. When the last of them goes, or [`VirtioPciDevice::detach`] is called, the device is gone and
+//! its range, routes, ioeventfds and its watch on the event loop are free before that returns, even if a vCPU or the
+//! loop is in the middle of one of its accesses.
 
 use std::any::Any;
 use std::fmt;
@@ -176,6 +177,12 @@ impl VirtioPciDevice {
         core.active && core.config.is_ready()
     }
 
+    /// Takes the device away, whoever else holds this still or is in the middle of an access: what it held on the host,
+    /// its range, its interrupts and its watch are free when this returns. Nothing brings it back.
+    pub fn detach(&self) {
+        self.shared.detach();
+    }
+
     /// Changes the device at run time, for example its link state, in turn with everything else that calls it.
     /// `None` when the device is not a `D`. What the driver must know, the device tells it with an interrupt.
     pub fn with_device<D: VirtioDevice, R>(&self, change: impl FnOnce(&mut D) -> R) -> Option<R> {
@@ -190,7 +197,7 @@ impl VirtioPciDevice {
 
 impl Drop for VirtioPciDevice {
     fn drop(&mut self) {
-        self.shared.detach();
+        self.detach();
     }
 }
 

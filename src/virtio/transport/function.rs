@@ -37,6 +37,8 @@ pub struct Function {
     kicks: Arc<[Arc<EventFd>]>,
     armed: Vec<u16>,
     ioevents: Vec<IoEvent>,
+    /// It was taken away, and whatever the guest writes late moves nothing.
+    detached: bool,
 }
 
 /// An access to BAR 0 that the guest makes through configuration space (virtio 1.2 §4.1.4.9).
@@ -68,6 +70,7 @@ impl Function {
             kicks,
             armed: Vec::new(),
             ioevents: Vec::new(),
+            detached: false,
         }
     }
 
@@ -128,6 +131,7 @@ impl Function {
 
     /// Leaves the bus and the kernel for good.
     pub fn detach(&mut self) {
+        self.detached = true;
         self.disarm();
         self.bar.remove();
     }
@@ -162,6 +166,9 @@ impl Function {
 
     /// Brings BAR, ioeventfds and MSI-X into step with the registers.
     fn follow(&mut self, interrupts: &Interrupts, log: &GuestLog) {
+        if self.detached {
+            return;
+        }
         match self.bar.place(self.config.bar0(), &self.window) {
             Ok(false) => {}
             Ok(true) => self.register_ioevents(log),

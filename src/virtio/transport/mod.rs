@@ -14,11 +14,13 @@
 //! | `device` | the device as its owner holds it: how it is made and how it ends |
 //! | `shared` | the locks, and how accesses to BAR 0 reach the parts |
 //! | `runtime` | activation, kicks, faults, reset, pausing |
+//! | `gone` | what stands in for a device that was taken away |
 //! | `unit`, `saved` | the unit's verbs and its saved form |
 
 mod common_config;
 mod device;
 mod function;
+mod gone;
 mod interrupts;
 mod layout;
 mod queue_setup;

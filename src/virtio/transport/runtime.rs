@@ -21,6 +21,7 @@ use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::common_config::CommonConfig;
+use super::gone::Gone;
 use super::queue_setup::RingPosition;
 use super::shared::{Shared, raise};
 use crate::event_loop::{EventHandler, Registration, Source};
@@ -45,6 +46,8 @@ pub struct Core {
     /// The driver reset the device while work was in flight; `device_status` is not 0 before that has ended.
     draining: bool,
     pub paused: bool,
+    /// The device was taken away; no driver can make it ready again.
+    gone: bool,
     /// Kept until nothing is in flight.
     tickets: Vec<PauseTicket>,
     generation: u64,
@@ -81,6 +84,7 @@ impl Core {
             active: false,
             draining: false,
             paused: false,
+            gone: false,
             tickets: Vec::new(),
             generation: 0,
         }
@@ -118,6 +122,9 @@ impl Core {
 impl Shared {
     /// The driver writes `device_status`.
     pub fn write_status(&self, core: &mut Core, written: u8) {
+        if core.gone {
+            return;
+        }
         if core.draining && written != 0 {
             self.log
                 .warn(format_args!("ignored device status {written:#x} during a reset"));
@@ -315,12 +322,21 @@ impl Shared {
         core.tickets.clear();
     }
 
-    /// The device has no owner any more: it lets go of everything that the guest or the loop could reach it by.
+    /// The device has no owner any more: it lets go of everything that the guest or the loop could reach it by, and is
+    /// dropped before this returns, though others may be in the middle of an access.
     pub fn detach(&self) {
         let mut core = self.core();
         core.watch = None;
+        core.gone = true;
+        core.active = false;
+        core.config.reset();
+        core.tickets.clear();
         self.function().detach();
         self.interrupts.reset();
+        let gone = Box::new(Gone(core.device.device_type()));
+        let device = std::mem::replace(&mut core.device, gone);
+        drop(core);
+        drop(device);
     }
 
     /// Starts no more work; `ticket` is dropped when nothing is in flight.

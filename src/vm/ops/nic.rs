@@ -21,7 +21,7 @@ use crate::vm::cards::Present;
 use crate::vm::error::NicRequestError;
 use crate::vm::nic::{AddNicError, AddNicOutcome, NicInfo, RemoveNicError, RemoveNicOutcome};
 use crate::vm::operation::{Operation, OperationKind};
-use crate::vm::platform::BuildError;
+use crate::vm::platform::{BuildError, Machine};
 use crate::vm::supervisor::Supervisor;
 
 /// Begins to add a card.
@@ -40,7 +40,7 @@ pub fn add(
     let bdf = nic.bdf;
     let Some(machine) = vm.machine.clone() else {
         let operation = vm.begin_beside(OperationKind::AddNic, None);
-        add_on_paper(vm, config, bdf, operation.clone());
+        add_on_paper(vm, config, nic.clone(), operation.clone());
         return Ok((info(nic, None), operation));
     };
     let operation = vm.begin_beside(OperationKind::AddNic, Instant::now().checked_add(within));
@@ -52,13 +52,13 @@ pub fn add(
     Ok((info, operation))
 }
 
-fn add_on_paper(vm: &mut Supervisor, config: VmConfig, bdf: Bdf, operation: Operation<AddNicOutcome>) {
+fn add_on_paper(vm: &mut Supervisor, config: VmConfig, nic: NicConfig, operation: Operation<AddNicOutcome>) {
     vm.change_config(config, move |vm, stored| match stored {
         Ok(()) => vm.end_beside(&operation, AddNicOutcome::Configured),
         Err(error) => {
             // A machine that was started meanwhile has the card.
             if vm.state == State::Off {
-                forget(vm, bdf);
+                forget(vm, &nic);
             }
             vm.end_beside(
                 &operation,
@@ -131,7 +131,10 @@ fn attached(vm: &mut Supervisor, bdf: Bdf) {
     }
     if state == NicState::DriverReady {
         taken_by_driver(vm, bdf);
-    } else if is_late {
+    } else if state == NicState::Released {
+        released(vm, bdf);
+    }
+    if is_late {
         end_add(vm, bdf, no_driver(vm));
     }
 }
@@ -140,13 +143,14 @@ fn undo_add(vm: &mut Supervisor, bdf: Bdf, error: AddNicError) {
     let (Some(machine), Some(present)) = (vm.machine.clone(), vm.cards.find(bdf)) else {
         return add_failed(vm, bdf, error);
     };
-    let unit = present.card.nic.unit_name();
+    let nic = present.card.nic.clone();
+    let unit = nic.unit_name();
     let work = move || machine.remove_device(&unit);
     vm.work("vm-nic", work, move |vm, result| {
         if let Err(error) = result {
             log::error!("the network card at {bdf} could not be taken away again: {error}");
         }
-        forget(vm, bdf);
+        forget(vm, &nic);
         add_failed(vm, bdf, error);
     });
 }
@@ -175,7 +179,8 @@ pub fn driver_ready(vm: &mut Supervisor, unit: &UnitName, ready: bool) {
     let Some(present) = vm.cards.apply(bdf, CardEvent::Driver(ready)) else {
         return;
     };
-    if before == Some(NicState::Attached) && present.card.state() == NicState::DriverReady {
+    let free = matches!(before, Some(NicState::Attached | NicState::Released));
+    if free && present.card.state() == NicState::DriverReady {
         taken_by_driver(vm, bdf);
     }
 }
@@ -196,6 +201,9 @@ pub fn remove(
     within: Duration,
 ) -> Result<Operation<RemoveNicOutcome>, NicRequestError> {
     vm.check_may_begin(OperationKind::RemoveNic)?;
+    if let Some((operation, true)) = going(vm, name) {
+        return Ok(operation);
+    }
     let bdf = settled(vm, name)?;
     let Some(machine) = vm.machine.clone() else {
         return remove_on_paper(vm, name);
@@ -208,7 +216,7 @@ pub fn remove(
         vm.publish(EventKind::NicEjectRequested { name: name.clone() });
         if !machine.request_eject(&unit) {
             // The guest let go of it by itself, before anybody asked.
-            ejected(vm, bdf);
+            ejected(vm, bdf, false);
         }
     }
     Ok(operation)
@@ -220,15 +228,12 @@ pub fn force_remove(
     name: &NicName,
 ) -> Result<Operation<RemoveNicOutcome>, NicRequestError> {
     vm.check_may_begin(OperationKind::RemoveNic)?;
+    if let Some((operation, _)) = going(vm, name) {
+        return Ok(operation);
+    }
     let bdf = match (settled(vm, name), vm.config.nic(name)) {
         (Ok(bdf), _) => bdf,
-        (Err(NicRequestError::BeingRemoved { name }), Some(nic)) => {
-            let going = vm.cards.find(nic.bdf).is_none_or(|present| present.going);
-            if going {
-                return Err(NicRequestError::BeingRemoved { name });
-            }
-            nic.bdf
-        }
+        (Err(NicRequestError::BeingRemoved { .. }), Some(nic)) => nic.bdf,
         (Err(error), _) => return Err(error),
     };
     if vm.machine.is_none() {
@@ -244,6 +249,19 @@ pub fn force_remove(
         give_back(vm, bdf, NicRemoval::Forced);
     }
     Ok(operation)
+}
+
+/// The operation that ends when the card called `name` is gone, if the guest has it no more, and whether it is a new
+/// one: of a card that went late nobody waits for the end.
+fn going(vm: &mut Supervisor, name: &NicName) -> Option<(Operation<RemoveNicOutcome>, bool)> {
+    let bdf = vm.config.nic(name)?.bdf;
+    let present = vm.cards.find(bdf).filter(|present| present.going)?;
+    if let Some(operation) = &present.removal {
+        return Some((operation.clone(), false));
+    }
+    let operation: Operation<RemoveNicOutcome> = vm.begin_beside(OperationKind::RemoveNic, None);
+    vm.cards.at(bdf)?.removal = Some(operation.clone());
+    Some((operation, true))
 }
 
 fn remove_on_paper(
@@ -275,14 +293,32 @@ fn remove_on_paper(
     Ok(operation)
 }
 
-/// The guest let go of what is at `bdf`.
-pub fn ejected(vm: &mut Supervisor, bdf: Bdf) {
-    if let Some(present) = vm.cards.apply(bdf, CardEvent::Ejected) {
-        let how = match present.removal {
-            Some(_) => NicRemoval::Released,
-            None => NicRemoval::ReleasedLate,
-        };
-        give_back(vm, bdf, how);
+/// The guest let go of what is at `bdf`, asked or not.
+pub fn ejected(vm: &mut Supervisor, bdf: Bdf, asked: bool) {
+    let Some(present) = vm.cards.apply(bdf, CardEvent::Ejected { asked }) else {
+        return;
+    };
+    match (present.card.state(), &present.removal) {
+        (NicState::Ejected, Some(_)) => give_back(vm, bdf, NicRemoval::Released),
+        (NicState::Ejected, None) => give_back(vm, bdf, NicRemoval::ReleasedLate),
+        (NicState::Released, _) => released(vm, bdf),
+        // Of a card that is being added it is told when that is safe in the configuration.
+        (
+            NicState::Adding
+            | NicState::Attached
+            | NicState::DriverReady
+            | NicState::EjectRequested
+            | NicState::Removed,
+            _,
+        ) => {}
+    }
+}
+
+/// The guest does not want the card at `bdf`, which nobody asked it for.
+fn released(vm: &mut Supervisor, bdf: Bdf) {
+    if let Some(present) = vm.cards.find(bdf) {
+        let name = present.card.nic.name.clone();
+        vm.publish(EventKind::NicReleasedByGuest { name });
     }
 }
 
@@ -357,9 +393,12 @@ pub fn gone_with_reset(vm: &mut Supervisor) {
     gone(vm, &addresses, NicRemoval::Reset);
 }
 
-/// The machine that was built has the cards of the configuration.
-pub fn machine_built(vm: &mut Supervisor) {
+/// The machine that was built has the cards of the configuration. What cannot be stored may have been undone meanwhile.
+pub fn machine_built(vm: &mut Supervisor, machine: &dyn Machine) {
     for nic in vm.config.clone().nics() {
+        let unit = nic.unit_name();
+        machine.rename_nic(&unit, &nic.name);
+        machine.set_link(&unit, nic.link_up);
         vm.cards.insert(nic.clone(), NicState::Attached, None);
     }
 }
@@ -432,10 +471,14 @@ fn without(config: &VmConfig, addresses: &[Bdf]) -> VmConfig {
     })
 }
 
-/// Takes the card at `bdf` out of the configuration again, whether that can be stored or not.
-fn forget(vm: &mut Supervisor, bdf: Bdf) {
-    let config = without(&vm.config, &[bdf]);
-    vm.change_config(config, |_, _| {});
+/// Takes a card out of the configuration again, whether that can be stored or not; another that has its place meanwhile
+/// stays.
+fn forget(vm: &mut Supervisor, nic: &NicConfig) {
+    let held = vm.config.nic(&nic.name);
+    if held.is_some_and(|held| (held.bdf, held.mac) == (nic.bdf, nic.mac)) {
+        let config = without(&vm.config, &[nic.bdf]);
+        vm.change_config(config, |_, _| {});
+    }
 }
 
 fn info(config: NicConfig, present: Option<&Present>) -> NicInfo {

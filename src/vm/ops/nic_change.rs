@@ -1,4 +1,4 @@
-//! Changing network cards that stay: their names and their cables.
+//! Changing network cards that stay: their names, their cables, and whether the guest has them.
 //!
 //! The machine follows at once, the document is stored behind it; what cannot be stored is undone in both.
 
@@ -7,6 +7,7 @@ use std::sync::Arc;
 use crate::config::{StateDirError, VmConfig};
 use crate::event::EventKind;
 use crate::ids::{Bdf, NicName};
+use crate::vm::card::CardEvent;
 use crate::vm::error::{NicRequestError, OperationError};
 use crate::vm::operation::{Operation, OperationKind, Outcome};
 use crate::vm::ops::nic::{planned, settled};
@@ -48,6 +49,22 @@ fn show_name(vm: &mut Supervisor, bdf: Bdf, name: &NicName) {
         present.card.nic.name = name.clone();
         machine.rename_nic(&present.card.nic.unit_name(), name);
     }
+}
+
+/// Offers a settled card to the guest again, and withdraws what it was asked.
+pub fn offer(vm: &mut Supervisor, name: &NicName) -> Result<(), NicRequestError> {
+    vm.check_may_begin(OperationKind::ChangeNic)?;
+    let bdf = settled(vm, name)?;
+    // In Off there is no guest that could have let go of it.
+    let (Some(machine), Some(present)) = (vm.machine.clone(), vm.cards.find(bdf)) else {
+        return Ok(());
+    };
+    if !machine.offer(&present.card.nic.unit_name()) {
+        // It did as it was asked to; the word of that is on its way.
+        return Err(NicRequestError::BeingRemoved { name: name.clone() });
+    }
+    vm.cards.apply(bdf, CardEvent::Offered);
+    Ok(())
 }
 
 /// Plugs the cable of a card in, or pulls it out.

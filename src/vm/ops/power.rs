@@ -53,7 +53,7 @@ pub fn built(vm: &mut Supervisor, result: Result<Arc<dyn Machine>, BuildError>) 
     join(vm.worker.take());
     match result {
         Ok(machine) if vm.state == State::Starting => {
-            nic::machine_built(vm);
+            nic::machine_built(vm, &*machine);
             machine.run_vcpus();
             vm.machine = Some(machine);
             vm.step(Trigger::Done);

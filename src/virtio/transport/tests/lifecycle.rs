@@ -8,9 +8,11 @@ use std::sync::mpsc::{Receiver, channel};
 
 use serde_json::{Value, json};
 
-use super::fake_device::Call;
+use super::fake_device::{Call, FakeDevice};
 use super::rig::{Rig, bdf};
+use crate::bus::BusDevice;
 use crate::memory::layout::mmio_slot;
+use crate::pci::device::PciDevice;
 use crate::unit::{PauseTicket, Section, Unit};
 
 fn ticket() -> (PauseTicket, Receiver<()>) {
@@ -19,6 +21,13 @@ fn ticket() -> (PauseTicket, Receiver<()>) {
         let _ = sender.send(());
     };
     (PauseTicket::new(quiet), receiver)
+}
+
+struct Silent;
+
+impl BusDevice for Silent {
+    fn read(&self, _offset: u64, _data: &mut [u8]) {}
+    fn write(&self, _offset: u64, _data: &[u8]) {}
 }
 
 /// A device with one chain in flight on queue 0.
@@ -310,6 +319,35 @@ fn a_dropped_device_leaves_nothing_behind() {
     rig.bring_up();
     rig.kick(2);
     rig.wait_for(&Call::Queue(2));
+}
+
+#[test]
+fn a_device_that_is_taken_away_is_gone_though_a_vcpu_is_in_the_middle_of_an_access() {
+    let mut rig = Rig::new();
+    rig.bring_up();
+    let ranges_without_bar = rig.mmio.range_count() - 1;
+    let (held, done) = (
+        rig.device.clone(),
+        rig.change(|device| Arc::downgrade(&device.done)),
+    );
+    rig.heard();
+    rig.slot = None;
+    held.detach();
+    assert!(done.upgrade().is_none(), "what it held on the host");
+    assert!(rig.vm.ioevent_addresses().is_empty());
+    let bar = mmio_slot(bdf());
+    let window = rig.mmio.claim(bar, 0x8000, Arc::new(Silent));
+    drop(window.expect("another may answer there now"));
+    // What the vCPU does late: the BAR back on, and the driver ready, by way of the configuration space.
+    held.config_write(4, &[6, 0]);
+    for status in [0, 1, 3, 11, 15] {
+        held.shared.bar_write(0x14, &[status]);
+    }
+    let mut status = [0xFF];
+    held.shared.bar_read(0x14, &mut status);
+    assert_eq!((status, rig.mmio.range_count()), ([0], ranges_without_bar));
+    assert_eq!(rig.heard(), [""; 0], "nobody hears of it");
+    assert!(held.with_device(|_: &mut FakeDevice| ()).is_none());
 }
 
 #[test]
