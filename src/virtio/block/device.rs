@@ -125,28 +125,25 @@ impl Block {
     }
 
     fn serve_ring(&mut self, position: usize) -> Result<(), DeviceFault> {
-        let mut budget = self.queues[position].queue().size();
-        loop {
-            self.queues[position].disable_kicks()?;
-            while let Some(chain) = self.queues[position].pop()? {
-                if budget == 0 {
-                    self.queues[position].unpop();
-                    self.lanes[position].waiting = true;
-                    // A full counter means that the loop comes back already.
-                    let _ = self.again.write(1);
+        self.queues[position].disable_kicks()?;
+        for _ in 0..self.queues[position].queue().size() {
+            let Some(chain) = self.queues[position].pop()? else {
+                if !self.queues[position].enable_kicks()? {
                     return Ok(());
                 }
-                budget -= 1;
-                if !self.begin(position, chain)? {
-                    self.queues[position].unpop();
-                    self.lanes[position].waiting = true;
-                    return Ok(());
-                }
-            }
-            if !self.queues[position].enable_kicks()? {
+                self.queues[position].disable_kicks()?;
+                continue;
+            };
+            if !self.begin(position, chain)? {
+                self.queues[position].unpop();
+                self.lanes[position].waiting = true;
                 return Ok(());
             }
         }
+        self.lanes[position].waiting = true;
+        // A full counter means that the loop comes back already.
+        let _ = self.again.write(1);
+        Ok(())
     }
 
     /// Begins or answers one chain; `false` when the backend is full.
