@@ -208,9 +208,14 @@ impl PciDevice for VirtioPciDevice {
 
     fn config_write(&self, offset: u16, data: &[u8]) {
         let mut function = self.shared.function();
+        let was_bus_master = function.is_bus_master();
         function.write(offset, data, &self.shared.interrupts, &self.shared.log);
+        let is_bus_master = function.is_bus_master();
         let access = function.indirect_access(offset, data.len());
         drop(function);
+        if is_bus_master != was_bus_master {
+            self.shared.follow_bus_master(&mut self.shared.core());
+        }
         if let Some(access) = access {
             self.shared
                 .bar_write(access.offset, &access.data[..access.length_bytes]);

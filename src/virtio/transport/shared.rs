@@ -1,7 +1,8 @@
 //! What a device's owner, the bus and the event loop share: the three locks, and the guest's accesses to BAR 0.
 //!
-//! Lock order: `core`, then `function`, then the interrupts' own. The configuration space and the MSI-X table never
-//! wait for the data path; the registers and the device configuration do, because the device is asked.
+//! Lock order: `core`, then `function`, then the interrupts' own. The configuration space and the MSI-X table do not
+//! wait for the data path, but for a change of Bus Master Enable; the registers and the device configuration do, because
+//! the device is asked.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
