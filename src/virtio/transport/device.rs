@@ -23,7 +23,7 @@ use crate::bus::Bus;
 use crate::event_loop::LoopHandle;
 use crate::guest_log::GuestLog;
 use crate::ids::{Bdf, UnitName};
-use crate::machine::gsi::GsiTable;
+use crate::machine::gsi::{GsiError, GsiTable};
 use crate::machine::ioevents::IoEvents;
 use crate::memory::layout::{MMIO_SEGMENT_BYTES, SEGMENT_COUNT, mmio_slot, mmio_window};
 use crate::pci::bar::MemoryBar;
@@ -88,6 +88,15 @@ pub enum TransportError {
         #[source]
         source: io::Error,
     },
+    /// The VM has too few interrupts left.
+    #[error("{name} cannot have its interrupts")]
+    Interrupts {
+        /// The device.
+        name: UnitName,
+        /// How many it needs and how many there are.
+        #[source]
+        source: GsiError,
+    },
     /// The capabilities do not fit into the configuration space.
     #[error(transparent)]
     Capability(#[from] CapabilityError),
@@ -140,6 +149,11 @@ impl VirtioPciDevice {
         let bar = MemoryBar::new(mmio, u64::from(BAR_BYTES), segment..segment + MMIO_SEGMENT_BYTES);
         let config = CommonConfig::new(features::offered(device.device_features()), &sizes_max);
         let log = GuestLog::new(name.to_string());
+        let vectors = gsi.promise(u32::from(queue_count) + 1);
+        let vectors = vectors.map_err(|source| TransportError::Interrupts {
+            name: name.clone(),
+            source,
+        })?;
         let interrupts = Interrupts::new(queue_count, gsi, GuestLog::new(name.to_string()));
         let shared = Arc::new_cyclic(|me| {
             let window = Arc::new(BarWindow { shared: me.clone() });
@@ -147,6 +161,7 @@ impl VirtioPciDevice {
                 core: Mutex::new(Core::new(device, config)),
                 function: Mutex::new(Function::new(config_space, bar, window, ioevents, kicks.clone())),
                 interrupts: Arc::new(interrupts),
+                _vectors: vectors,
                 kicks,
                 memory,
                 event_loop,

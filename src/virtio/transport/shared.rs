@@ -19,6 +19,7 @@ use crate::bus::BusDevice;
 use crate::event_loop::LoopHandle;
 use crate::guest_log::GuestLog;
 use crate::ids::UnitName;
+use crate::machine::gsi::MsiPromise;
 use crate::unit::UnitListener;
 
 /// The shared part of one device.
@@ -27,6 +28,7 @@ pub struct Shared {
     pub core: Mutex<Core>,
     pub function: Mutex<Function>,
     pub interrupts: Arc<Interrupts>,
+    pub _vectors: MsiPromise,
     pub kicks: Arc<[Arc<EventFd>]>,
     pub memory: GuestMemoryAtomic<GuestMemoryMmap>,
     pub event_loop: LoopHandle,
