@@ -68,7 +68,7 @@ fn an_entry_in_memory_that_the_guest_gave_back_is_a_fault_and_not_an_empty_ring(
     memory.lock().expect("not poisoned").replace(shrunk);
     assert!(queue.pop().expect("nothing is offered").is_none());
     write(&memory, 1u16, BORDER - 2);
-    let fault = queue.pop().err().expect("the entry is gone").to_string();
+    let fault = queue.pop().expect_err("the entry is gone").to_string();
     assert_eq!(fault, "queue 3: Guest memory error: invalid guest address 65536");
 }
 
