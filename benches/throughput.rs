@@ -1,7 +1,7 @@
-//! What a guest gets through its disk and its network card, beside QEMU's `q35` in the same run, as ratios.
+//! What a guest gets through its disk and its network card, beside QEMU's `q35` and `microvm` in the same run, as ratios.
 //!
-//! Two guests with the same kernel run all the time and take turns: one of this crate, in this process, and one of
-//! QEMU with virtio-blk-pci and virtio-net-pci. The disk is a raw file in memory behind io_uring, the card a tap without
+//! Three guests with the same kernel run all the time and take turns: one of this crate, in this process, and two of
+//! QEMU with virtio-blk-pci and virtio-net-pci, for which `microvm` has its PCI Express switched on. The disk is a raw file in memory behind io_uring, the card a tap without
 //! vhost. The guest's own `dd` and `nc` make the load.
 
 #[path = "../tests/kvm/guest.rs"]
@@ -28,6 +28,7 @@ use harness::kvm::{self, Verdict};
 use harness::qemu::{QemuGuest, QemuOptions};
 use harness::tap::Tap;
 
+const MICROVM: &str = "microvm,rtc=on,pcie=on";
 const DISK_BYTES: u64 = 128 << 20;
 const STREAM_BYTES: usize = 16 << 20;
 const SMALL_COUNT: u64 = 1000;
@@ -92,8 +93,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let folder = tempfile::tempdir_in("/dev/shm")?;
     let tell = |failed: Failed| failed.message().unwrap_or("it failed").to_string();
     let (_ours, ours) = start_ours(folder.path()).map_err(tell)?;
-    let (_qemu, qemu) = start_qemu(folder.path())?;
-    let mut subjects = [ours, qemu];
+    let (_q35, q35) = start_qemu(folder.path(), "q35", Ipv4Addr::new(10, 213, 41, 1))?;
+    let (_microvm, microvm) = start_qemu(folder.path(), MICROVM, Ipv4Addr::new(10, 213, 42, 1))?;
+    let mut subjects = [ours, q35, microvm];
     for round in 0..=report::rounds() {
         for (index, load) in LOADS.iter().enumerate() {
             for subject in &mut subjects {
@@ -126,9 +128,13 @@ fn start_ours(folder: &Path) -> Result<(Guest, Subject), Failed> {
     Ok((guest, Subject::new(shell, tap)?))
 }
 
-fn start_qemu(folder: &Path) -> Result<(QemuGuest, Subject), Box<dyn Error>> {
-    let tap = Tap::create(Ipv4Addr::new(10, 213, 41, 1))?;
-    let file = disk(folder, "qemu.img")?;
+fn start_qemu(
+    folder: &Path,
+    machine: &str,
+    address: Ipv4Addr,
+) -> Result<(QemuGuest, Subject), Box<dyn Error>> {
+    let tap = Tap::create(address)?;
+    let file = disk(folder, &format!("{machine}.img"))?;
     let drive = format!("file={},if=none,id=d,format=raw,aio=io_uring", file.display());
     let netdev = format!("tap,id=n,ifname={},script=no,downscript=no,vhost=off", tap.name());
     let words = [
@@ -142,6 +148,7 @@ fn start_qemu(folder: &Path) -> Result<(QemuGuest, Subject), Box<dyn Error>> {
     let mut arguments = words.map(str::to_string).to_vec();
     arguments.extend(["-device", "virtio-net-pci,netdev=n,romfile="].map(str::to_string));
     let options = QemuOptions {
+        machine: machine.to_string(),
         cmdline: CMDLINE.to_string(),
         arguments,
         ..QemuOptions::default()
@@ -224,20 +231,29 @@ fn feed(mut stream: TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-fn show([ours, qemu]: &[Subject; 2]) {
-    let titles = ["throughput, medians", "ours MiB/s", "q35 MiB/s", "ours to q35"];
+fn show([ours, q35, microvm]: &[Subject; 3]) {
+    let titles = [
+        "throughput, medians",
+        "ours MiB/s",
+        "q35 MiB/s",
+        "ours to q35",
+        "microvm MiB/s",
+        "ours to microvm",
+    ];
     let mut rows = vec![titles.map(str::to_string).to_vec()];
     for (index, load) in LOADS.iter().enumerate() {
         let rate = |subject: &Subject| {
             let seconds = report::median(&subject.samples[index]);
             load.bytes as f64 / f64::from(1 << 20) / seconds
         };
-        let (ours, qemu) = (rate(ours), rate(qemu));
+        let (ours, q35, microvm) = (rate(ours), rate(q35), rate(microvm));
         rows.push(vec![
             load.name.to_string(),
             format!("{ours:.1}"),
-            format!("{qemu:.1}"),
-            report::ratio(ours, qemu),
+            format!("{q35:.1}"),
+            report::ratio(ours, q35),
+            format!("{microvm:.1}"),
+            report::ratio(ours, microvm),
         ]);
     }
     report::print(&rows);

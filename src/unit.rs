@@ -196,6 +196,19 @@ pub trait PowerListener: Send + Sync {
     fn power_request(&self, request: PowerRequest);
 }
 
+/// What the frozen saved forms are tested with.
+#[cfg(test)]
+pub(crate) mod testing {
+    use serde::Serialize;
+    use serde::de::DeserializeOwned;
+
+    /// A form reads `text` and writes it again, byte for byte: a saved state of another day stays readable.
+    pub(crate) fn same_bytes<T: Serialize + DeserializeOwned>(text: &str) {
+        let form: T = serde_json::from_str(text).expect("this is the form");
+        assert_eq!(serde_json::to_string(&form).expect("it encodes"), text);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicU32, Ordering};

@@ -127,9 +127,13 @@ impl Rig {
                 let label = NicName::new(label).ok();
                 let name = acpi_index.zip(label);
                 let name = name.map(|(acpi_index, label)| SlotName { acpi_index, label });
-                slot(choice).into_iter().for_each(|bdf| self.insert(bdf, name.clone()));
+                slot(choice)
+                    .into_iter()
+                    .for_each(|bdf| self.insert(bdf, name.clone()));
             }
-            Step::Announce(choice) => slot(choice).into_iter().for_each(|bdf| self.hotplug.announce(bdf)),
+            Step::Announce(choice) => slot(choice)
+                .into_iter()
+                .for_each(|bdf| self.hotplug.announce(bdf)),
             Step::RequestEject(choice) => {
                 if let Some(bdf) = slot(choice) {
                     assert_eq!(self.hotplug.request_eject(bdf), self.is_seen(bdf));

@@ -6,13 +6,14 @@ use vm_lifecycle::acpi::device::{ACPI_DEVICE_BYTES, AcpiDevice};
 use vm_lifecycle::acpi::pvpanic::{PVPANIC_PORT, Pvpanic};
 use vm_lifecycle::bus::{Bus, BusClaim};
 use vm_lifecycle::legacy::i8042::I8042;
-use vm_lifecycle::legacy::reset_control::{RESET_CONTROL_PORT, ResetControl};
+use vm_lifecycle::legacy::reset_control::ResetControl;
 use vm_lifecycle::legacy::rtc::{RTC_PORT_COUNT, Rtc};
 use vm_lifecycle::legacy::serial::Serial;
 use vm_lifecycle::machine::fake::FakeVm;
 use vm_lifecycle::machine::gsi::GsiTable;
 use vm_lifecycle::memory::layout::{
-    ACPI_REGISTERS_BASE, GED_GSI, I8042_COMMAND_PORT, RTC_PORT, SERIAL_GSI, SERIAL_PORT, SERIAL_PORT_COUNT,
+    ACPI_REGISTERS_BASE, GED_GSI, I8042_COMMAND_PORT, RESET_CONTROL_PORT, RTC_PORT, SERIAL_GSI, SERIAL_PORT,
+    SERIAL_PORT_COUNT,
 };
 use vm_lifecycle::unit::Unit;
 

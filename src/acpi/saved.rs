@@ -83,3 +83,28 @@ pub struct SavedRemnantV1 {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PvpanicStateV1 {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::unit::testing::same_bytes;
+
+    #[test]
+    fn schema_1_reads_and_writes_these_bytes() {
+        let text = r#"{"ged_pending":3}"#;
+        same_bytes::<AcpiStateV1>(text);
+    }
+
+    #[test]
+    fn hot_plug_schema_1_reads_and_writes_these_bytes() {
+        let text =
+            r#"{"changed":[256,0,0,1],"eject_requests":[0,2,0,0],"select":40,"ejected":["0001:00:1f.0"]}"#;
+        same_bytes::<SavedPciHotplugV1>(text);
+    }
+
+    #[test]
+    fn the_panic_ports_schema_1_reads_and_writes_these_bytes() {
+        let text = r#"{}"#;
+        same_bytes::<PvpanicStateV1>(text);
+    }
+}

@@ -6,12 +6,10 @@ use std::sync::Arc;
 use crate::bus::BusDevice;
 use crate::unit::{PowerListener, PowerRequest};
 
-/// The port of the register; claim one port for it.
-pub const RESET_CONTROL_PORT: u16 = 0xCF9;
 /// Bit 2, RST_CPU: resets when it becomes set.
 const RST_CPU: u8 = 1 << 2;
 
-/// The reset control register. It reads as zero: the kind of reset a driver selects first (bits 1 and 3) makes no
+/// The reset control register. Claim one port at `layout::RESET_CONTROL_PORT` for it. It reads as zero: the kind of reset a driver selects first (bits 1 and 3) makes no
 /// difference to a virtual machine, so it is not kept.
 pub struct ResetControl {
     power: Arc<dyn PowerListener>,

@@ -218,3 +218,27 @@ fn exact<const N: usize>(
         reason,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::unit::testing::same_bytes;
+
+    #[test]
+    fn the_serial_ports_schema_1_reads_and_writes_these_bytes() {
+        let text = concat!(
+            r#"{"divisor_low":12,"divisor_high":0,"interrupt_enable":1,"interrupt_identification":4,"line_control":3,"#,
+            r#""modem_control":8,"scratch":85,"fifo":[104,105],"input_pending":[33]}"#
+        );
+        same_bytes::<SerialV1>(text);
+    }
+
+    #[test]
+    fn the_clocks_schema_1_reads_and_writes_these_bytes() {
+        let text = concat!(
+            r#"{"index":10,"register_a":38,"offset_seconds":-3600,"time_being_set":[0,1,2,3,4,5,6,32],"alarm":[0,30,12],"#,
+            r#""nvram":[1,2,3]}"#
+        );
+        same_bytes::<RtcV1>(text);
+    }
+}

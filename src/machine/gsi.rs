@@ -1,11 +1,13 @@
 //! Interrupts into the guest: pins of the I/O APIC and message-signalled interrupts, both through irqfds.
 //!
 //! KVM knows interrupts by GSI. GSIs 0–23 are the pins of the I/O APIC and are pinned by `memory::layout`; every MSI
-//! vector that a driver really unmasks takes one above them and gives it back when it is dropped. The routing table
+//! vector that a driver really unmasks takes one above them and gives it back when it is dropped; there is one for each
+//! vector of each device, or the device was refused. The routing table
 //! is KVM's only as a whole, so this table keeps it and writes it on each change.
 
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
@@ -29,6 +31,8 @@ pub struct GsiTable {
 struct Inner {
     vm: Arc<dyn HostVm>,
     routes: Mutex<BTreeMap<u32, Route>>,
+    /// How many MSI vectors the devices have together; never more than there are GSIs for them.
+    promised_count: AtomicU32,
 }
 
 /// What a GSI leads to.
@@ -51,6 +55,9 @@ pub struct MsiMessage {
 /// Why an interrupt could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum GsiError {
+    /// A device's vectors do not fit beside those of the others.
+    #[error("{count} more interrupt vectors are too many, the vm has {left_count} left")]
+    TooMany { count: u32, left_count: u32 },
     /// Every GSI is in use.
     #[error("all {GSI_END} interrupt routes of the vm are in use")]
     Exhausted,
@@ -71,6 +78,7 @@ impl GsiTable {
             inner: Arc::new(Inner {
                 vm,
                 routes: Mutex::new(BTreeMap::new()),
+                promised_count: AtomicU32::new(0),
             }),
         }
     }
@@ -87,6 +95,27 @@ impl GsiTable {
             gsi: 0,
             source,
         })
+    }
+
+    /// Keeps `count` GSIs for a device, so that it is refused as a whole when it is added and never short of one at
+    /// work.
+    ///
+    /// # Errors
+    /// [`GsiError::TooMany`] when the devices would have more vectors than there are GSIs.
+    pub fn promise(&self, count: u32) -> Result<MsiPromise, GsiError> {
+        let limit = GSI_END - IOAPIC_PIN_COUNT;
+        let add = |promised: u32| promised.checked_add(count).filter(|sum| *sum <= limit);
+        let promised = &self.inner.promised_count;
+        match promised.fetch_update(Ordering::SeqCst, Ordering::SeqCst, add) {
+            Ok(_) => Ok(MsiPromise {
+                table: self.inner.clone(),
+                count,
+            }),
+            Err(promised) => Err(GsiError::TooMany {
+                count,
+                left_count: limit.saturating_sub(promised),
+            }),
+        }
     }
 
     /// Takes a free GSI for one MSI vector, masked at first.
@@ -156,6 +185,18 @@ impl Inner {
             });
         }
         Ok(())
+    }
+}
+
+/// GSIs that are kept for the vectors of one device, until it is dropped.
+pub struct MsiPromise {
+    table: Arc<Inner>,
+    count: u32,
+}
+
+impl Drop for MsiPromise {
+    fn drop(&mut self) {
+        self.table.promised_count.fetch_sub(self.count, Ordering::SeqCst);
     }
 }
 
@@ -340,5 +381,18 @@ mod tests {
             error.to_string(),
             "all 4096 interrupt routes of the vm are in use"
         );
+    }
+
+    #[test]
+    fn a_device_whose_vectors_do_not_fit_is_refused_with_both_numbers() {
+        let table = GsiTable::new(Arc::new(FakeVm::default()));
+        let most = table.promise(4000).expect("there are 4072");
+        let refusal = |count| table.promise(count).err().map(|error| error.to_string());
+        let expected = "73 more interrupt vectors are too many, the vm has 72 left";
+        assert_eq!(refusal(73).as_deref(), Some(expected));
+        assert!(refusal(u32::MAX).is_some());
+        assert_eq!(refusal(72), None, "a promise ends when it is dropped");
+        drop(most);
+        assert_eq!(refusal(4072), None);
     }
 }

@@ -106,6 +106,7 @@ mod tests {
     use kvm_bindings::kvm_regs;
 
     use super::*;
+    use crate::unit::testing::same_bytes;
 
     #[test]
     fn a_structure_survives_and_another_length_is_refused() {
@@ -131,5 +132,23 @@ mod tests {
         for text in ["\"0\"", "\"zz\"", "\"ä\"", "7"] {
             assert!(serde_json::from_str::<HexBytes>(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn the_irqchips_schema_1_reads_and_writes_these_bytes() {
+        let text = r#"{"pic_master":"00ff","pic_slave":"01","ioapic":"abcdef"}"#;
+        same_bytes::<IrqchipV1>(text);
+    }
+
+    #[test]
+    fn the_timers_schema_1_reads_and_writes_these_bytes() {
+        let text = r#"{"state":"0102"}"#;
+        same_bytes::<PitV1>(text);
+    }
+
+    #[test]
+    fn the_clocks_schema_1_reads_and_writes_these_bytes() {
+        let text = r#"{"kvmclock_ns":18446744073709551615}"#;
+        same_bytes::<ClockV1>(text);
     }
 }

@@ -80,6 +80,8 @@ pub const RTC_GSI: u32 = 8;
 pub const SERIAL_PORT: u16 = 0x3F8;
 /// The number of ports of the serial port.
 pub const SERIAL_PORT_COUNT: u16 = 8;
+/// The reset control register.
+pub const RESET_CONTROL_PORT: u16 = 0xCF9;
 /// The command port of the keyboard controller.
 pub const I8042_COMMAND_PORT: u16 = 0x64;
 /// The index port of the real-time clock; the data port follows it.

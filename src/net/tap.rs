@@ -1,6 +1,6 @@
 //! A Linux tap as the backend of a network card.
 //!
-//! A tap is attached by name or handed over as open descriptors, one for each queue pair; it is never created here,
+//! A tap is attached by name or handed over as open descriptors, one for each queue pair. It is never created here,
 //! so that nothing is left behind and a misspelt name is an error. Packets move between the kernel and guest memory
 //! without a copy in between. The kernel checks every header a guest writes. Linux: `Documentation/networking/tuntap`,
 //! `include/uapi/linux/if_tun.h`.
@@ -98,7 +98,8 @@ pub enum TapError {
 
 impl Tap {
     /// Attaches `pair_count` (1 to [`QUEUE_PAIR_COUNT_MAX`]) queues to the existing tap `name` of this thread's
-    /// network namespace. More than one needs a tap made with `multi_queue`.
+    /// network namespace. More than one needs a tap made with `multi_queue`. A tap that somebody is attached to is
+    /// refused; of two that come at the same moment both may be.
     ///
     /// # Errors
     /// [`TapError`], always with the name.
@@ -108,6 +109,8 @@ impl Tap {
         let index = interface_index(&name_c).ok_or_else(|| TapError::NotFound {
             name: name.to_owned(),
         })?;
+        // The kernel lets strangers share a multi-queue tap, and each gets a part of the packets.
+        queues::check_users(name, index, 0)?;
         let first = attach_first(name, &name_c, pair_count)?;
         // A tap removed after the look-up was made anew by the attachment; it goes with its only descriptor.
         if interface_index(&name_c) != Some(index) {
@@ -115,6 +118,7 @@ impl Tap {
                 name: name.to_owned(),
             });
         }
+        queues::check_users(name, index, 1)?;
         let mut queues = vec![first];
         while queues.len() < usize::from(pair_count) {
             let queue = open_driver(name)?;
@@ -422,5 +426,6 @@ fn host(name: &str, what: &'static str) -> impl FnOnce(io::Error) -> TapError {
     move |source| TapError::Host { name, what, source }
 }
 
+mod queues;
 #[cfg(test)]
 pub(crate) mod tests;

@@ -195,6 +195,11 @@ impl ConfigSpace {
         enabled.then(|| u64::from(self.dword(PCI_BASE_ADDRESS_0 as u16) & !0xF))
     }
 
+    /// Whether the function may access memory and send messages by itself (Bus Master Enable, PCI 3.0 §6.2.2).
+    pub fn is_bus_master(&self) -> bool {
+        self.word(PCI_COMMAND as u16) & PCI_COMMAND_MASTER != 0
+    }
+
     /// Returns every register to its value at power-on.
     pub fn reset(&mut self) {
         for register in self.registers.iter_mut() {

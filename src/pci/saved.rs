@@ -47,3 +47,21 @@ pub struct SavedMsixVectorV1 {
     /// The vector's pending bit.
     pub pending: bool,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::unit::testing::same_bytes;
+
+    #[test]
+    fn schema_1_reads_and_writes_these_bytes() {
+        let text = r#"{"host_bridge":{"4":6,"5":4}}"#;
+        same_bytes::<SavedPciRootV1>(text);
+    }
+
+    #[test]
+    fn msi_x_schema_1_reads_and_writes_these_bytes() {
+        let text = r#"{"vectors":[{"address":18446744073709551612,"data":1,"masked":true,"pending":false}]}"#;
+        same_bytes::<SavedMsixV1>(text);
+    }
+}

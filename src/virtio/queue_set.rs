@@ -1,7 +1,8 @@
 //! A queue in the hands of a device: strict popping, completion and interrupt suppression in one place.
 //!
 //! `virtio-queue` stops silently at most malformed rings; a device must not. [`DeviceQueue::pop`] turns an impossible
-//! available index into a fault, and [`DeviceQueue::complete`] does the same for a used ring that cannot be written.
+//! available index and an entry that cannot be read into a fault, and [`DeviceQueue::complete`] does the same for a used
+//! ring that cannot be written. A ring was in memory when it was set up, but a guest can give that memory back.
 
 use std::num::Wrapping;
 use std::sync::Arc;
@@ -13,6 +14,11 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
 use super::device::{DeviceFault, VirtioInterrupt};
+
+/// No chain has more descriptors, so that a call that takes a bounded number of chains does a bounded amount of work. The
+/// specification allows no more than the queue's size (virtio 1.2 §2.7.5.3.1); Linux goes beyond it with indirect
+/// tables where a pipe is spliced into a console's port, by up to 256.
+const CHAIN_LENGTH_MAX: usize = 1024;
 
 /// One active queue of a device.
 pub struct DeviceQueue {
@@ -60,17 +66,21 @@ impl DeviceQueue {
     /// Takes the next available chain; `None` when the driver offers none.
     ///
     /// # Errors
-    /// [`DeviceFault::Queue`] when the available ring is outside memory or its index jumped.
+    /// [`DeviceFault::Queue`] when a part of the available ring is outside memory or its index jumped.
     pub fn pop(&mut self) -> Result<Option<DescriptorChain<Arc<GuestMemoryMmap>>>, DeviceFault> {
+        let memory = self.memory();
+        let next = self.queue.next_avail();
+        if self.available_u16(&memory, 2)? == next {
+            return Ok(None);
+        }
+        // Read here too, because `virtio-queue` takes an entry that it cannot read for an empty ring, and logs it.
+        self.available_u16(&memory, 4 + 2 * u64::from(next % self.queue.size().max(1)))?;
         let queue_index = self.index;
-        let fault = |error: virtio_queue::Error| DeviceFault::Queue {
+        let available = self.queue.iter(memory);
+        let mut available = available.map_err(|error| DeviceFault::Queue {
             queue_index,
             reason: error.to_string(),
-        };
-        let mut available = self
-            .queue
-            .iter(self.memory.memory().into_inner())
-            .map_err(fault)?;
+        })?;
         Ok(available.next())
     }
 
@@ -135,11 +145,13 @@ impl DeviceQueue {
         let before = std::mem::replace(&mut self.signalled, used);
         // The driver must see the used index before its wish is read, else both sides may sleep.
         fence(Ordering::SeqCst);
+        let memory = self.memory.memory();
         let wanted = if self.queue.event_idx_enabled() {
-            let used_event = Wrapping(self.available_u16(4 + 2 * u64::from(self.queue.size()))?);
+            let offset = 4 + 2 * u64::from(self.queue.size());
+            let used_event = Wrapping(self.available_u16(&memory, offset)?);
             used - used_event - Wrapping(1) < used - before
         } else {
-            used != before && u32::from(self.available_u16(0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0
+            used != before && u32::from(self.available_u16(&memory, 0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0
         };
         if wanted {
             self.interrupt.signal_queue(self.index);
@@ -148,10 +160,9 @@ impl DeviceQueue {
     }
 
     /// The field at byte `offset` of the available ring (virtio 1.2 §2.7.6).
-    fn available_u16(&self, offset: u64) -> Result<u16, DeviceFault> {
+    fn available_u16(&self, memory: &GuestMemoryMmap, offset: u64) -> Result<u16, DeviceFault> {
         let address = GuestAddress(self.queue.avail_ring().wrapping_add(offset));
-        self.memory
-            .memory()
+        memory
             .load::<u16>(address, Ordering::Relaxed)
             .map(u16::from_le)
             .map_err(|error| self.fault(&error))
@@ -193,21 +204,26 @@ impl DeviceQueue {
 }
 
 /// The descriptors of a chain, counted against the ring's size: a chain that the ring cuts short or that loops is a
-/// fault instead of a shorter chain.
+/// fault instead of a shorter chain. They have less than 2^32 bytes together (virtio 1.2 §2.7.5.2).
 ///
 /// # Errors
-/// [`DeviceFault::Queue`] when the last descriptor that could be read still announces a next one.
+/// [`DeviceFault::Queue`] when the last descriptor that could be read still announces a next one, or there are more than
+/// 1024.
 pub fn descriptors(
     chain: DescriptorChain<Arc<GuestMemoryMmap>>,
     queue_index: u16,
 ) -> Result<Vec<SplitDescriptor>, DeviceFault> {
-    let descriptors: Vec<_> = chain.collect();
+    let descriptors: Vec<_> = chain.take(CHAIN_LENGTH_MAX + 1).collect();
     let complete = descriptors.last().is_some_and(|last| !last.has_next());
-    if complete {
+    let reason = if descriptors.len() > CHAIN_LENGTH_MAX {
+        format!("descriptor chain is longer than {CHAIN_LENGTH_MAX}")
+    } else if complete {
         return Ok(descriptors);
-    }
-    Err(DeviceFault::Queue {
-        queue_index,
-        reason: "descriptor chain is cut off, loops or is empty".to_owned(),
-    })
+    } else {
+        "descriptor chain is cut off, loops or is empty".to_owned()
+    };
+    Err(DeviceFault::Queue { queue_index, reason })
 }
+
+#[cfg(test)]
+mod tests;

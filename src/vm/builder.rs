@@ -14,7 +14,7 @@ use crate::config::{BALLOON_BDF, CONSOLE_BDF, DiskConfig, MEM_BDF, NicConfig, RN
 use crate::event_loop::EventLoop;
 use crate::ids::{Bdf, UnitName};
 use crate::legacy::i8042::I8042;
-use crate::legacy::reset_control::{RESET_CONTROL_PORT, ResetControl};
+use crate::legacy::reset_control::ResetControl;
 use crate::legacy::rtc::{RTC_PORT_COUNT, Rtc};
 use crate::legacy::serial::Serial;
 use crate::machine::clock::Clock;
@@ -26,8 +26,8 @@ use crate::machine::memslots::Memslots;
 use crate::machine::vcpu::{Buses, Vcpu};
 use crate::memory::host::HostMemory;
 use crate::memory::layout::{
-    ACPI_REGISTERS_BASE, GED_GSI, HOTPLUG_OFFSET, I8042_COMMAND_PORT, RTC_PORT, SERIAL_GSI, SERIAL_PORT,
-    SERIAL_PORT_COUNT,
+    ACPI_REGISTERS_BASE, GED_GSI, HOTPLUG_OFFSET, I8042_COMMAND_PORT, RESET_CONTROL_PORT, RTC_PORT,
+    SERIAL_GSI, SERIAL_PORT, SERIAL_PORT_COUNT,
 };
 use crate::memory::region::{GuestRam, RamOptions};
 use crate::memory::runtime::RuntimeMemory;

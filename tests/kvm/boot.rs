@@ -1,15 +1,22 @@
 //! Stock Debian kernels boot, by every protocol, and see the machine that was described.
 
-use std::io::Write;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use libtest_mimic::Failed;
 use vm_lifecycle::config::VmConfig;
-use vm_lifecycle::event::EndCause;
+use vm_lifecycle::event::{EndCause, EventKind};
+use vm_lifecycle::ids::PortName;
+use vm_lifecycle::memory::host::HostMemory;
+use vm_lifecycle::vm::host::{HostDevices, HostPort};
 
 use crate::Body;
-use crate::guest::{BOOT_WITHIN, Guest, small};
+use crate::guest::{BOOT_WITHIN, Guest, TestHost, WITHIN, done, small};
 use crate::harness::artefacts::{Flavour, GuestKernel, INIT_REACHED};
+use crate::harness::guest_shell::GuestShell;
 
 /// The trials of this file.
 pub fn trials() -> Vec<Body> {
@@ -77,7 +84,15 @@ fn image_reaches_init(image: &Path, kernel: &GuestKernel) -> Result<(), Failed> 
 }
 
 fn smp_guest_sees_all_its_cpus_and_devices() -> Result<(), Failed> {
-    let (_guest, mut shell) = Guest::boot(small("smp")?.cpus(4))?;
+    let host = TestHost::default();
+    let devices = MorePorts {
+        host: host.clone(),
+        ends: Arc::default(),
+    };
+    let ends = devices.ends.clone();
+    let guest = Guest::make_on(small("smp")?.cpus(4), host, devices, HostMemory::default())?;
+    done(guest.vm.start())?;
+    let mut shell = guest.shell()?;
     assert_eq!(shell.succeed("cat /sys/devices/system/cpu/online")?, "0-3");
     assert_eq!(shell.succeed("grep -c ^processor /proc/cpuinfo")?, "4");
     // Every CPU runs something: a task bound to each of them ends.
@@ -97,11 +112,94 @@ fn smp_guest_sees_all_its_cpus_and_devices() -> Result<(), Failed> {
         "kvm-clock"
     );
     shell.succeed("head -c 4096 /dev/hwrng | wc -c | grep -qx 4096")?;
+    has_its_ports(
+        &mut shell,
+        &mut ends.lock().unwrap_or_else(PoisonError::into_inner),
+    )?;
+    // The clock of the machine is the host's, in UTC.
+    let now = || {
+        SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map(|now| now.as_secs())
+    };
+    let before = now()?;
+    let clock: u64 = shell.succeed("cat /sys/class/rtc/rtc0/since_epoch")?.parse()?;
+    assert!(
+        (before..=now()?).contains(&clock),
+        "the guest's clock says {clock}, {before} has passed"
+    );
     // What a kernel complains about is a defect of the machine. It finds no way to configure PCI before it has read the
     // ACPI tables, says so, and then finds one.
     let complaints =
         shell.run("dmesg -r | grep -E '^<[0-3]>' | grep -v 'No config space access function found'")?;
     assert_eq!(complaints.text, "");
+    // The keyboard controller and the reset control register reset, as ACPI's register does.
+    for way in ["kbd", "pci"] {
+        shell.send(&format!("echo {way} >/sys/kernel/reboot/type && reboot -f"))?;
+        let cause =
+            std::iter::from_fn(|| guest.events.next(BOOT_WITHIN)).find_map(|event| match event.kind {
+                EventKind::Reset { cause } => Some(format!("{cause:?}")),
+                EventKind::Ended { cause } => Some(format!("{cause:?}")),
+                _ => None,
+            });
+        assert_eq!(cause.as_deref(), Some("Guest"), "reset by {way}");
+        shell.run_within("true", BOOT_WITHIN)?;
+    }
+    Ok(())
+}
+
+/// A host with a console and a byte channel beside the shell's port.
+struct MorePorts {
+    host: TestHost,
+    /// The host's ends of `console` and `agent`.
+    ends: Arc<Mutex<Vec<UnixStream>>>,
+}
+
+impl HostDevices for MorePorts {
+    fn serial_output(&self, vm: &VmConfig) -> io::Result<Box<dyn Write + Send>> {
+        self.host.serial_output(vm)
+    }
+
+    fn ports(&self, vm: &VmConfig) -> io::Result<Vec<HostPort>> {
+        let mut ports = self.host.ports(vm)?;
+        let mut ends = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
+        ends.clear();
+        for (name, console) in [("console", true), ("agent", false)] {
+            let (ours, stream) = UnixStream::pair()?;
+            ours.set_read_timeout(Some(WITHIN))?;
+            ends.push(ours);
+            let name = PortName::new(name).map_err(io::Error::other)?;
+            ports.push(HostPort {
+                name,
+                console,
+                stream,
+            });
+        }
+        Ok(ports)
+    }
+}
+
+/// The guest finds the ports by their names, and bytes pass through each both ways.
+fn has_its_ports(shell: &mut GuestShell, ends: &mut [UnixStream]) -> Result<(), Failed> {
+    let names = shell.succeed("cat /sys/class/virtio-ports/*/name | sort")?;
+    assert_eq!(names, "agent\nconsole\nharness");
+    let [console, agent] = ends else {
+        return Err("two ends".into());
+    };
+    let mut said = [0; 8];
+    shell.succeed("echo to-host >/dev/hvc0")?;
+    console.read_exact(&mut said)?;
+    assert_eq!(&said, b"to-host\r", "a console is a terminal");
+    console.write_all(b"to-guest\n")?;
+    assert_eq!(shell.succeed("head -n 1 </dev/hvc0")?, "to-guest");
+    let id = shell.send(
+        "for p in /sys/class/virtio-ports/*; do grep -qx agent $p/name && d=/dev/${p##*/}; done; exec 3<>$d; \
+         echo to-host >&3; head -n 1 <&3",
+    )?;
+    agent.read_exact(&mut said)?;
+    assert_eq!(&said, b"to-host\n");
+    agent.write_all(b"to-guest\n")?;
+    assert_eq!(shell.answer(id, "the agent's port", WITHIN)?.text, "to-guest\n");
     Ok(())
 }
 

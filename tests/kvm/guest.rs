@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use libtest_mimic::Failed;
+use serde_json::Value;
 use vm_lifecycle::config::{VmConfig, VmConfigBuilder};
 use vm_lifecycle::event::{EndCause, EventKind, EventStream};
 use vm_lifecycle::ids::PortName;
@@ -137,7 +138,17 @@ impl Guest {
     /// The same, of a VM that shares what the host can promise with others.
     pub fn make_sharing(builder: VmConfigBuilder, memory: HostMemory) -> Result<Self, Failed> {
         let host = TestHost::default();
-        let platform = KvmPlatform::with_memory(host.clone(), memory);
+        Self::make_on(builder, host.clone(), host, memory)
+    }
+
+    /// The same, with devices whose host side is `devices`, which has the console and the shell's port of `host`.
+    pub fn make_on(
+        builder: VmConfigBuilder,
+        host: TestHost,
+        devices: impl HostDevices + 'static,
+        memory: HostMemory,
+    ) -> Result<Self, Failed> {
+        let platform = KvmPlatform::with_memory(devices, memory);
         let vm = Vm::new(builder.build()?, Arc::new(platform))?;
         let events = vm.events();
         Ok(Self { vm, host, events })
@@ -148,6 +159,15 @@ impl Guest {
         let guest = Self::start(builder)?;
         let shell = guest.shell()?;
         Ok((guest, shell))
+    }
+
+    /// What the unit `name` tells of itself.
+    pub fn unit(&self, name: impl ToString) -> Result<Value, Failed> {
+        let unit = self.vm.inspect()?["machine"]["units"][name.to_string()].clone();
+        if unit.is_null() {
+            return Err(format!("there is no unit {}", name.to_string()).into());
+        }
+        Ok(unit)
     }
 
     /// Waits until the init of the guest that was started last serves commands.

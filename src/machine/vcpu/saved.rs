@@ -175,3 +175,19 @@ impl From<CpuidEntryV1> for kvm_cpuid_entry2 {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::unit::testing::same_bytes;
+
+    #[test]
+    fn schema_1_reads_and_writes_these_bytes() {
+        let text = concat!(
+            r#"{"cpuid":[{"function":2147483649,"index":0,"flags":1,"eax":1,"ebx":2,"ecx":3,"edx":4}],"mp_state":3,"#,
+            r#""regs":"01","sregs":"02","debug_regs":"03","xsave":"04","xcrs":"05","lapic":"06","#,
+            r#""msrs":[{"index":16,"value":18446744073709551615}],"events":"07"}"#
+        );
+        same_bytes::<VcpuV1>(text);
+    }
+}

@@ -2,7 +2,7 @@
 //! so; they need root, `/dev/net/tun` and `ip`, and leave nothing behind: each has a network namespace of its own.
 
 use std::os::fd::FromRawFd;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use super::*;
 
@@ -137,6 +137,66 @@ fn a_multi_queue_tap_serves_one_pair_or_several_with_any_offload() {
             let error = error.expect_err("segmentation needs checksums");
             assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
         }
+    });
+}
+
+#[test]
+#[ignore = "needs root and /dev/net/tun"]
+fn a_multi_queue_tap_has_one_user() {
+    in_namespace(|| {
+        ip("tuntap add dev vml0 mode tap multi_queue");
+        let refusal = |count| {
+            let error = Tap::open("vml0", count).expect_err("somebody has it");
+            assert_eq!(error.to_string(), "tap \"vml0\" is in use");
+        };
+        for (first, second) in [(1, 1), (1, 2), (2, 1), (4, 2)] {
+            let mut tap = Tap::open("vml0", first).expect("the tap is free");
+            refusal(second);
+            if first > 1 {
+                tap.set_active_pair_count(1).expect("fewer are possible");
+                refusal(second);
+            }
+            drop(tap);
+        }
+        // Another process, which keeps its queue until its input ends.
+        let name = CString::new("vml0").expect("no nul");
+        let queue = open_driver("vml0").expect(NEEDS);
+        attach(&queue, &name, TAP_FLAGS | IFF_MULTI_QUEUE).expect(NEEDS);
+        let mut other = Command::new("cat")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::from(queue))
+            .spawn()
+            .expect("every host has cat");
+        refusal(1);
+        drop(other.stdin.take());
+        other.wait().expect("it ends with its input");
+        Tap::open("vml0", 1).expect("the tap is free");
+    });
+}
+
+#[test]
+#[ignore = "needs root and /dev/net/tun"]
+fn a_tap_of_another_user_is_not_permitted() {
+    in_namespace(|| {
+        ip("tuntap add dev vml0 mode tap user 65533");
+        let attempt = || {
+            // SAFETY: takes and returns integers only; changes this thread's user, and the thread ends afterwards. The
+            // library's function would change all threads.
+            checked(unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) } as c_int)
+                .expect(NEEDS);
+            Tap::open("vml0", 1)
+                .map(|_| ())
+                .map_err(|error| error.to_string())
+        };
+        // A new thread is in the same network namespace.
+        let error = std::thread::spawn(attempt).join().expect("no panic");
+        let permitted = std::fs::metadata("/dev/net/tun").expect(NEEDS).permissions();
+        let expected = if std::os::unix::fs::PermissionsExt::mode(&permitted) & 0o006 == 0o006 {
+            "this process may not attach to tap \"vml0\""
+        } else {
+            "cannot open /dev/net/tun for tap \"vml0\""
+        };
+        assert_eq!(error, Err(expected.to_owned()));
     });
 }
 

@@ -1,13 +1,14 @@
 //! Raw disks on a block device: a loop device, where the machine gives one.
 
 use std::fs;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::Command;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::OpenError;
 use super::tests::{ENGINES, MIB, image, open, run};
+use super::{OpenError, RawEngine};
 use crate::storage::testing::guest_memory;
 use crate::storage::{DiskBackend, DiskOperation, GuestBuffers};
 
@@ -78,6 +79,35 @@ fn a_block_device_is_measured_and_discards() {
             "{engine:?}: the rest stays"
         );
     }
+}
+
+#[test]
+fn a_block_device_that_the_host_uses_is_not_written_to() {
+    let file = image(&vec![0xAB; MIB as usize]);
+    let Some(device) = LoopDevice::attach(file.path()) else {
+        eprintln!("skipped: this machine gives no loop device");
+        return;
+    };
+    let open = |read_only| open(Path::new(&device.0), read_only, RawEngine::ThreadPool);
+    // What a mount, a volume group and a device mapper do.
+    let claim = fs::File::options()
+        .read(true)
+        .custom_flags(libc::O_EXCL)
+        .open(&device.0)
+        .expect("nobody has it");
+    let error = open(false).err().expect("the host has it").to_string();
+    let expected = format!("disk image {} is in use by another vm or process", device.0);
+    assert_eq!(error, expected);
+    open(true).expect("reading does no harm");
+    drop(claim);
+    let disk = open(false).expect("nobody has it");
+    let claim = fs::File::options()
+        .read(true)
+        .custom_flags(libc::O_EXCL)
+        .open(&device.0);
+    let error = claim.expect_err("the disk has it");
+    assert_eq!(error.raw_os_error(), Some(libc::EBUSY));
+    drop(disk);
 }
 
 /// A loop device over a file, detached at the end.

@@ -2,11 +2,12 @@
 //!
 //! Both engines loop over [`Job::step`] and [`Job::advance`]; the engine only knows how to hand a step to the kernel.
 //! Short transfers go on where they stopped, and writing zeros falls back from freeing space over zeroing a range to
-//! writing them in bounded pieces.
+//! writing them in bounded pieces. After a flush that failed, all flushes of the image fail.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::open::Image;
 use crate::storage::backend::{DiskOperation, DiskRequest};
@@ -150,6 +151,21 @@ impl Job {
 
     /// Takes the kernel's answer to the last step, for transfers the number of bytes. `None` asks for another step.
     pub(super) fn advance(&mut self, answer: io::Result<u64>) -> Option<io::Result<()>> {
+        let outcome = self.judge(answer)?;
+        if !matches!(self.request.operation, DiskOperation::Flush) {
+            return Some(outcome);
+        }
+        let failed_before = self
+            .image
+            .flush_failed
+            .fetch_or(outcome.is_err(), Ordering::SeqCst);
+        Some(match outcome {
+            Ok(()) if failed_before => Err(io::Error::from_raw_os_error(libc::EIO)),
+            outcome => outcome,
+        })
+    }
+
+    fn judge(&mut self, answer: io::Result<u64>) -> Option<io::Result<()>> {
         let error = match answer {
             Ok(count) => return self.progress(count),
             Err(error) => error,
@@ -252,5 +268,32 @@ impl IoVecs {
     /// The number of iovecs, at most 1024.
     pub(super) fn count(&self) -> u32 {
         self.0.len() as u32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::image;
+    use super::*;
+
+    #[test]
+    fn after_a_failed_flush_no_flush_succeeds_until_the_image_is_opened_again() {
+        let file = image(&[0; 512]);
+        let open = || Arc::new(Image::open(file.path(), false).expect("a good image"));
+        let flush = |image: &Arc<Image>, answer| {
+            let operation = DiskOperation::Flush;
+            let outcome = Job::new(image.clone(), DiskRequest { id: 0, operation }).advance(answer);
+            let outcome = outcome.expect("a flush is one step");
+            outcome.map_err(|error| error.raw_os_error())
+        };
+        let disk = open();
+        assert_eq!(flush(&disk, Ok(0)), Ok(()));
+        let no_space = io::Error::from_raw_os_error(libc::ENOSPC);
+        assert_eq!(flush(&disk, Err(no_space)), Err(Some(libc::ENOSPC)));
+        for _ in 0..2 {
+            assert_eq!(flush(&disk, Ok(0)), Err(Some(libc::EIO)));
+        }
+        drop(disk);
+        assert_eq!(flush(&open(), Ok(0)), Ok(()));
     }
 }

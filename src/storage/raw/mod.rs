@@ -26,6 +26,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use serde_json::{Value, json};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -167,6 +168,7 @@ impl DiskBackend for RawDisk {
             "path": self.image.path.to_string_lossy(),
             "engine": if self.uring.is_some() { "io_uring" } else { "threads" },
             "in_flight": self.in_flight_count(),
+            "flush_failed": self.image.flush_failed.load(Ordering::SeqCst),
         })
     }
 }

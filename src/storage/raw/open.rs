@@ -6,8 +6,9 @@
 use std::fs::{self, File};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
 use super::lock;
 use crate::storage::SECTOR_BYTES;
@@ -53,6 +54,9 @@ pub(super) struct Image {
     pub(super) path: PathBuf,
     pub(super) block_device: bool,
     pub(super) properties: DiskProperties,
+    /// A flush has failed: the host may have dropped what it could not write, and tells that once. No later flush of
+    /// this open image can promise anything.
+    pub(super) flush_failed: AtomicBool,
 }
 
 impl Image {
@@ -63,13 +67,26 @@ impl Image {
         // The kind is looked at first, because merely opening a FIFO or a tape does something.
         let before = fs::metadata(path).map_err(failed("look at"))?;
         check_kind(path, &before)?;
+        let block_device = before.file_type().is_block_device();
+        // Without O_CREAT it claims a block device: nobody mounts it meanwhile, nor makes a volume of it, and what is
+        // claimed already is busy.
+        let claim = if block_device && !read_only {
+            libc::O_EXCL
+        } else {
+            0
+        };
         let mut file = File::options()
             .read(true)
             .write(!read_only)
+            .custom_flags(claim)
             .open(path)
             .map_err(failed("open"))?;
         let metadata = file.metadata().map_err(failed("look at"))?;
         check_kind(path, &metadata)?;
+        if metadata.file_type().is_block_device() != block_device {
+            let path = path.to_owned();
+            return Err(OpenError::Kind { path });
+        }
         lock::lock(&file, !read_only).map_err(failed("lock"))?;
         // The end of a block device is where seeking says it is; its metadata has no length.
         let size_bytes = file.seek(SeekFrom::End(0)).map_err(failed("measure"))?;
@@ -80,7 +97,6 @@ impl Image {
         if !size_bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(OpenError::Size { path, size_bytes });
         }
-        let block_device = metadata.file_type().is_block_device();
         let (logical_block_bytes, physical_block_bytes) = block_sizes(&file, &metadata);
         Ok(Self {
             file,
@@ -94,6 +110,7 @@ impl Image {
                 discard: !read_only,
                 write_zeroes: !read_only,
             },
+            flush_failed: AtomicBool::new(false),
         })
     }
 }
@@ -121,8 +138,9 @@ fn open_error(what: &'static str, path: &Path, access: &'static str, source: io:
     let path = path.to_owned();
     match source.kind() {
         io::ErrorKind::NotFound => OpenError::Missing { path },
-        // A lock that another one excludes is reported as EAGAIN or, by some file systems, as EACCES.
-        io::ErrorKind::WouldBlock => OpenError::InUse { path },
+        // A lock that another one excludes is reported as EAGAIN or, by some file systems, as EACCES; a block device
+        // that is mounted or a part of a volume as EBUSY.
+        io::ErrorKind::WouldBlock | io::ErrorKind::ResourceBusy => OpenError::InUse { path },
         io::ErrorKind::PermissionDenied if what == "lock" => OpenError::InUse { path },
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
             OpenError::NotPermitted { path, access }

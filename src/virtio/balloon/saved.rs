@@ -108,3 +108,18 @@ impl BalloonV1 {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::unit::testing::same_bytes;
+
+    #[test]
+    fn schema_1_reads_and_writes_these_bytes() {
+        let text = concat!(
+            r#"{"ram_bytes":268435456,"target_bytes":4096,"actual_pages":1,"poison_val":170,"hint_command":1,"#,
+            r#""last_hint_round":2,"driver_hint_round":null,"pages":[{"number":1,"words":[1,0]}]}"#
+        );
+        same_bytes::<BalloonV1>(text);
+    }
+}

@@ -4,7 +4,7 @@
 //! offers more meanwhile is served by the next turn of the loop, through an eventfd of the device's own. When the
 //! backend is full, the ring waits for a completion.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -47,6 +47,8 @@ pub struct Block {
     /// What the driver waits for, by request id. Completions of other ids are from before a reset.
     pending: HashMap<u64, Pending>,
     next_id: u64,
+    /// Writes that are done and must be flushed before they are answered, by request id, oldest first.
+    unflushed: VecDeque<u64>,
     /// The driver does not flush, so every write is made durable before it is answered (§5.2.6.2).
     write_through: bool,
     /// The driver broke the rules; nothing is done before a reset.
@@ -108,6 +110,7 @@ impl Block {
             lanes: Vec::new(),
             pending: HashMap::new(),
             next_id: 0,
+            unflushed: VecDeque::new(),
             write_through: false,
             faulted: false,
             completions: Vec::new(),
@@ -125,28 +128,25 @@ impl Block {
     }
 
     fn serve_ring(&mut self, position: usize) -> Result<(), DeviceFault> {
-        let mut budget = self.queues[position].queue().size();
-        loop {
-            self.queues[position].disable_kicks()?;
-            while let Some(chain) = self.queues[position].pop()? {
-                if budget == 0 {
-                    self.queues[position].unpop();
-                    self.lanes[position].waiting = true;
-                    // A full counter means that the loop comes back already.
-                    let _ = self.again.write(1);
+        self.queues[position].disable_kicks()?;
+        for _ in 0..self.queues[position].queue().size() {
+            let Some(chain) = self.queues[position].pop()? else {
+                if !self.queues[position].enable_kicks()? {
                     return Ok(());
                 }
-                budget -= 1;
-                if !self.begin(position, chain)? {
-                    self.queues[position].unpop();
-                    self.lanes[position].waiting = true;
-                    return Ok(());
-                }
-            }
-            if !self.queues[position].enable_kicks()? {
+                self.queues[position].disable_kicks()?;
+                continue;
+            };
+            if !self.begin(position, chain)? {
+                self.queues[position].unpop();
+                self.lanes[position].waiting = true;
                 return Ok(());
             }
         }
+        self.lanes[position].waiting = true;
+        // A full counter means that the loop comes back already.
+        let _ = self.again.write(1);
+        Ok(())
     }
 
     /// Begins or answers one chain; `false` when the backend is full.
@@ -225,6 +225,7 @@ impl Block {
         }
         self.completions = completions;
         outcome?;
+        self.flush_written();
         for position in 0..self.queues.len() {
             self.signal(position)?;
         }
@@ -240,17 +241,11 @@ impl Block {
             Ok(()) => {
                 self.counters.count(&request.operation);
                 if self.write_through && request.operation.changes_data() {
-                    let (id, operation) = (request.id, DiskOperation::Flush);
-                    if self.backend.submit(DiskRequest { id, operation }).is_ok() {
-                        self.backend.start();
-                        self.pending.insert(id, pending);
-                        return Ok(());
-                    }
-                    // It cannot be promised to survive, so it must not count as written.
-                    Status::IoErr
-                } else {
-                    Status::Ok
+                    self.unflushed.push_back(request.id);
+                    self.pending.insert(request.id, pending);
+                    return Ok(());
                 }
+                Status::Ok
             }
             Err(error) => {
                 let operation = &request.operation;
@@ -260,6 +255,23 @@ impl Block {
         };
         self.lanes[pending.position].pending_count -= 1;
         self.answer(&pending, status)
+    }
+
+    /// Begins the flushes that writes wait for, as far as the backend has room; a full one makes room with its next
+    /// completion.
+    fn flush_written(&mut self) {
+        let mut submitted = false;
+        while let Some(&id) = self.unflushed.front() {
+            let operation = DiskOperation::Flush;
+            if let Err(DiskFull(_)) = self.backend.submit(DiskRequest { id, operation }) {
+                break;
+            }
+            self.unflushed.pop_front();
+            submitted = true;
+        }
+        if submitted {
+            self.backend.start();
+        }
     }
 
     fn signal(&mut self, position: usize) -> Result<(), DeviceFault> {
@@ -284,6 +296,7 @@ impl Block {
         if outcome.is_err() {
             self.faulted = true;
             self.pending.clear();
+            self.unflushed.clear();
             self.lanes.fill_with(Lane::default);
         }
         outcome
@@ -363,13 +376,14 @@ impl VirtioDevice for Block {
     }
 
     fn in_flight_count(&self) -> usize {
-        self.backend.in_flight_count()
+        self.backend.in_flight_count() + self.unflushed.len()
     }
 
     fn reset(&mut self) {
         self.queues.clear();
         self.lanes.clear();
         self.pending.clear();
+        self.unflushed.clear();
         self.faulted = false;
         // What has ended meanwhile need not be waited for.
         self.backend.drain(&mut self.completions);

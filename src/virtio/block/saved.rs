@@ -76,3 +76,16 @@ impl BlockStateV1 {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::unit::testing::same_bytes;
+
+    #[test]
+    fn schema_1_reads_and_writes_these_bytes() {
+        let text =
+            r#"{"capacity_bytes":1048576,"logical_block_bytes":4096,"read_only":true,"queue_count":4}"#;
+        same_bytes::<BlockStateV1>(text);
+    }
+}

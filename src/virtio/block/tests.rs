@@ -254,6 +254,35 @@ fn writes_of_a_driver_that_does_not_flush_are_made_durable() {
 }
 
 #[test]
+fn a_full_disk_delays_the_flush_of_a_write_and_does_not_fail_it() {
+    let (disk, hand) = HeldDisk::new(2);
+    let mut driver = Driver::new(disk, 2, false);
+    driver.device.reset();
+    driver.activate(FEATURES & !(1 << 9));
+    let data = driver.place(&[0xAA; 512]);
+    let write = driver.request(0, OUT, 0, &[Part(data, 512, false)]);
+    let read = driver.request(0, IN, 8, &[Part(data, 512, true)]);
+    driver.device.process_queue(0).expect("well-formed");
+    assert!(hand.release(None).starts_with("Write"));
+    // Before the device hears of that, another queue takes the room.
+    let other = driver.request(1, IN, 16, &[Part(data, 512, true)]);
+    driver.device.process_queue(1).expect("well-formed");
+    let token = driver.device.event_sources()[0].token;
+    let outcome = driver.device.process_event(token, false);
+    outcome.expect("a full disk is no fault");
+    assert_eq!((driver.status(write), hand.held_count()), (0xFF, 2));
+    assert!(driver.device.in_flight_count() > 2, "a pause waits for the flush");
+    for kind in ["Read", "Read", "Flush"] {
+        assert!(hand.release(None).starts_with(kind));
+        driver.device.process_event(token, false).expect("well-formed");
+    }
+    for sent in [write, read, other] {
+        assert_eq!(driver.status(sent), OK);
+    }
+    assert_eq!(driver.device.in_flight_count(), 0);
+}
+
+#[test]
 fn each_queue_gets_its_own_chains_back() {
     let mut driver = Driver::new(memory_disk(), 4, false);
     assert_eq!(driver.device.queue_sizes_max(), [256; 4]);

@@ -113,3 +113,18 @@ impl PortV1 {
         port.abandon_chain();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::unit::testing::same_bytes;
+
+    #[test]
+    fn schema_1_reads_and_writes_these_bytes() {
+        let text = concat!(
+            r#"{"ports":[{"name":"agent","ready":true,"guest_open":true,"told_open":true,"owes_add":false,"#,
+            r#""owes_console":false,"owes_name":true,"partly_sent":true}]}"#
+        );
+        same_bytes::<ConsoleV1>(text);
+    }
+}

@@ -95,3 +95,15 @@ impl MemV1 {
             })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::unit::testing::same_bytes;
+
+    #[test]
+    fn schema_1_reads_and_writes_these_bytes() {
+        let text = r#"{"address":4294967296,"region_bytes":268435456,"requested_bytes":4194304,"usable_bytes":8388608,"plugged":[3,0]}"#;
+        same_bytes::<MemV1>(text);
+    }
+}

@@ -24,7 +24,7 @@ use crate::bus::Bus;
 use crate::event_loop::LoopHandle;
 use crate::guest_log::GuestLog;
 use crate::ids::{Bdf, UnitName};
-use crate::machine::gsi::GsiTable;
+use crate::machine::gsi::{GsiError, GsiTable};
 use crate::machine::ioevents::IoEvents;
 use crate::memory::layout::{MMIO_SEGMENT_BYTES, SEGMENT_COUNT, mmio_slot, mmio_window};
 use crate::pci::bar::MemoryBar;
@@ -89,6 +89,15 @@ pub enum TransportError {
         #[source]
         source: io::Error,
     },
+    /// The VM has too few interrupts left.
+    #[error("{name} cannot have its interrupts")]
+    Interrupts {
+        /// The device.
+        name: UnitName,
+        /// How many it needs and how many there are.
+        #[source]
+        source: GsiError,
+    },
     /// The capabilities do not fit into the configuration space.
     #[error(transparent)]
     Capability(#[from] CapabilityError),
@@ -141,6 +150,11 @@ impl VirtioPciDevice {
         let bar = MemoryBar::new(mmio, u64::from(BAR_BYTES), segment..segment + MMIO_SEGMENT_BYTES);
         let config = CommonConfig::new(features::offered(device.device_features()), &sizes_max);
         let log = GuestLog::new(name.to_string());
+        let vectors = gsi.promise(u32::from(queue_count) + 1);
+        let vectors = vectors.map_err(|source| TransportError::Interrupts {
+            name: name.clone(),
+            source,
+        })?;
         let interrupts = Interrupts::new(queue_count, gsi, GuestLog::new(name.to_string()));
         let shared = Arc::new_cyclic(|me| {
             let window = Arc::new(BarWindow { shared: me.clone() });
@@ -148,6 +162,7 @@ impl VirtioPciDevice {
                 core: Mutex::new(Core::new(device, config)),
                 function: Mutex::new(Function::new(config_space, bar, window, ioevents, kicks.clone())),
                 interrupts: Arc::new(interrupts),
+                _vectors: vectors,
                 kicks,
                 memory,
                 event_loop,
@@ -215,9 +230,14 @@ impl PciDevice for VirtioPciDevice {
 
     fn config_write(&self, offset: u16, data: &[u8]) {
         let mut function = self.shared.function();
+        let was_bus_master = function.is_bus_master();
         function.write(offset, data, &self.shared.interrupts, &self.shared.log);
+        let is_bus_master = function.is_bus_master();
         let access = function.indirect_access(offset, data.len());
         drop(function);
+        if is_bus_master != was_bus_master {
+            self.shared.follow_bus_master(&mut self.shared.core());
+        }
         if let Some(access) = access {
             self.shared
                 .bar_write(access.offset, &access.data[..access.length_bytes]);

@@ -164,7 +164,13 @@ impl Function {
         self.bar.address()
     }
 
-    /// Brings BAR, ioeventfds and MSI-X into step with the registers.
+    /// Whether the guest lets the device access memory.
+    pub fn is_bus_master(&self) -> bool {
+        self.config.is_bus_master()
+    }
+
+    /// Brings BAR, ioeventfds and MSI-X into step with the registers. A vector is a memory access of the device, so it
+    /// stays pending while the device is no bus master (PCI 3.0 §6.2.2).
     fn follow(&mut self, interrupts: &Interrupts, log: &GuestLog) {
         if self.detached {
             return;
@@ -181,7 +187,8 @@ impl Function {
             .config
             .word(self.capabilities.msix + u16::from(MSIX_CONTROL_OFFSET));
         let enabled = control & MSIX_CONTROL_ENABLE != 0;
-        interrupts.set_msix_control(enabled, control & MSIX_CONTROL_FUNCTION_MASK != 0);
+        let masked = control & MSIX_CONTROL_FUNCTION_MASK != 0;
+        interrupts.set_msix_control(enabled, masked || !self.config.is_bus_master());
     }
 
     /// Without an ioeventfd a kick takes the slow way, through the bus, and arrives as well.

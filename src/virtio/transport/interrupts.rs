@@ -84,7 +84,7 @@ impl Interrupts {
         std::mem::take(&mut self.lock().isr)
     }
 
-    /// Follows MSI-X Message Control.
+    /// Follows MSI-X Message Control; `function_masked` also while the device may not send messages.
     pub fn set_msix_control(&self, enabled: bool, function_masked: bool) {
         self.lock().msix.set_control(enabled, function_masked);
     }

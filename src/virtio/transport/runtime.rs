@@ -7,7 +7,7 @@
 //!    └──────────────────────┴─────────────────────────┘                 last completion ───────┘
 //! ```
 //! The event loop watches the kicks and the device's own descriptors only while something can come of it: while the
-//! device is active, neither broken nor paused, or still has work in flight. A device that is left alone costs no CPU.
+//! device is active, neither broken nor paused, and a bus master, or still has work in flight. A device that is left alone costs no CPU.
 //!
 //! Watching and un-watching are messages to the loop, so an event of a former watch may arrive late. Every watch has
 //! a generation, and a handler of another generation touches nothing, not even the descriptor that woke it: whatever
@@ -48,6 +48,8 @@ pub struct Core {
     pub paused: bool,
     /// The device was taken away; no driver can make it ready again.
     gone: bool,
+    /// The guest lets the device access memory; follows the configuration space.
+    bus_master: bool,
     /// Kept until nothing is in flight.
     tickets: Vec<PauseTicket>,
     generation: u64,
@@ -85,6 +87,7 @@ impl Core {
             draining: false,
             paused: false,
             gone: false,
+            bus_master: false,
             tickets: Vec::new(),
             generation: 0,
         }
@@ -92,7 +95,7 @@ impl Core {
 
     /// Whether the device may start work.
     fn may_work(&self) -> bool {
-        self.active && self.config.is_ready() && !self.paused
+        self.active && self.config.is_ready() && !self.paused && self.bus_master
     }
 
     /// The indices of the queues that the driver enabled.
@@ -351,6 +354,24 @@ impl Shared {
     pub fn resume_work(&self, core: &mut Core) {
         core.paused = false;
         core.tickets.clear();
+        self.go_on(core);
+    }
+
+    /// Bus Master Enable may have changed. Without it the device starts no work, as in a pause: a kernel that starts
+    /// another one (kexec) clears nothing else, and the next one's memory is not the device's. What is in flight ends.
+    pub fn follow_bus_master(&self, core: &mut Core) {
+        let bus_master = self.function().is_bus_master();
+        if std::mem::replace(&mut core.bus_master, bus_master) == bus_master {
+            return;
+        }
+        if bus_master {
+            self.go_on(core);
+        } else {
+            self.settle(core);
+        }
+    }
+
+    fn go_on(&self, core: &mut Core) {
         if !core.may_work() {
             return;
         }

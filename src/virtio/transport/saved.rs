@@ -127,3 +127,21 @@ impl SavedQueueV1 {
         (setup, position)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::unit::testing::same_bytes;
+
+    #[test]
+    fn schema_1_reads_and_writes_these_bytes() {
+        let text = concat!(
+            r#"{"device_type":1,"device_feature_select":1,"driver_feature_select":0,"driver_features":4294967296,"status":15,"#,
+            r#""queue_select":2,"queues":[{"size":256,"enabled":true,"desc_table":4096,"avail_ring":8192,"used_ring":12288,"#,
+            r#""next_avail":7,"next_used":6}],"interrupts":{"isr":1,"config_generation":3,"config_vector":0,"#,
+            r#""queue_vectors":[1],"msix":{"vectors":[{"address":4276092928,"data":49,"masked":false,"pending":true}]}},"#,
+            r#""config_space":{"4":6,"60":255},"device":{"any":["thing"]}}"#
+        );
+        same_bytes::<SavedVirtioPciV1>(text);
+    }
+}

@@ -1,7 +1,8 @@
 //! What a device's owner, the bus and the event loop share: the three locks, and the guest's accesses to BAR 0.
 //!
-//! Lock order: `core`, then `function`, then the interrupts' own. The configuration space and the MSI-X table never
-//! wait for the data path; the registers and the device configuration do, because the device is asked.
+//! Lock order: `core`, then `function`, then the interrupts' own. The configuration space and the MSI-X table do not
+//! wait for the data path, but for a change of Bus Master Enable; the registers and the device configuration do, because
+//! the device is asked.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -18,6 +19,7 @@ use crate::bus::BusDevice;
 use crate::event_loop::LoopHandle;
 use crate::guest_log::GuestLog;
 use crate::ids::UnitName;
+use crate::machine::gsi::MsiPromise;
 use crate::unit::UnitListener;
 
 /// The shared part of one device.
@@ -26,6 +28,7 @@ pub struct Shared {
     pub core: Mutex<Core>,
     pub function: Mutex<Function>,
     pub interrupts: Arc<Interrupts>,
+    pub _vectors: MsiPromise,
     pub kicks: Arc<[Arc<EventFd>]>,
     pub memory: GuestMemoryAtomic<GuestMemoryMmap>,
     pub event_loop: LoopHandle,

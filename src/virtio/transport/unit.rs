@@ -25,6 +25,7 @@ impl Unit for VirtioPciDevice {
         let mut core = shared.core();
         shared.reset_device(&mut core);
         shared.function().reset(&shared.interrupts, &shared.log);
+        shared.follow_bus_master(&mut core);
         shared.interrupts.reset();
     }
 
@@ -67,6 +68,7 @@ impl Unit for VirtioPciDevice {
         self.shared
             .function()
             .restore(&saved.config_space, &self.shared.interrupts, &self.shared.log)?;
+        self.shared.follow_bus_master(&mut core);
         if core.config.is_ready() {
             self.shared.activate(&mut core, &positions).map_err(refused)?;
             self.shared.listener.driver_ready(&self.shared.name, true);

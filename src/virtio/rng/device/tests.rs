@@ -170,3 +170,8 @@ fn saved_state_is_empty_and_checked() {
     let error = rng.restore(&json!({ "seed": 1 })).expect_err("an unknown field");
     assert_eq!(error.to_string(), "the saved state is malformed");
 }
+
+#[test]
+fn schema_1_reads_and_writes_these_bytes() {
+    crate::unit::testing::same_bytes::<RngV1>("{}");
+}

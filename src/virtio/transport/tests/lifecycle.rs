@@ -14,6 +14,7 @@ use crate::bus::BusDevice;
 use crate::memory::layout::mmio_slot;
 use crate::pci::device::PciDevice;
 use crate::unit::{PauseTicket, Section, Unit};
+use crate::virtio::device::VirtioInterrupt;
 
 fn ticket() -> (PauseTicket, Receiver<()>) {
     let (sender, receiver) = channel();
@@ -122,6 +123,40 @@ fn a_buffer_that_came_during_a_pause_is_served_at_the_resume() {
     rig.device.resume();
     rig.wait_for(&Call::Queue(0));
     assert_eq!(rings[0].used().idx().load(), 1);
+}
+
+#[test]
+fn a_device_that_is_no_bus_master_leaves_memory_and_interrupts_alone() {
+    let rig = Rig::new();
+    let mut rings = rig.bring_up();
+    let control = u64::from(rig.config_read(0x34, 1)) + 2;
+    rig.config_write(control, &0x8000u16.to_le_bytes());
+    rig.bar_write(0x401C, &0u32.to_le_bytes());
+    assert_eq!(rig.pending() & 0b10, 0, "queue 0 can interrupt");
+    rig.config_write(4, &[2, 0]);
+    rig.drop_calls();
+    rings[0].add_chain(1).expect("there is room");
+    rig.kick(0);
+    rig.device.shared.interrupts.signal_queue(0);
+    rig.settle_loop();
+    assert_eq!(rig.calls.try_iter().collect::<Vec<_>>(), []);
+    assert_eq!(rings[0].used().idx().load(), 0);
+    assert_eq!(rig.pending() & 0b10, 0b10, "the interrupt is kept");
+    rig.config_write(4, &[6, 0]);
+    rig.wait_for(&Call::Queue(0));
+    assert_eq!(rings[0].used().idx().load(), 1);
+    assert_eq!(rig.pending() & 0b10, 0, "and delivered");
+    // A pause and a bus that is taken away do not end each other.
+    let (ticket, quiet) = ticket();
+    rig.device.pause(ticket);
+    quiet.recv().expect("idle");
+    rig.config_write(4, &[2, 0]);
+    rig.device.resume();
+    rig.config_write(4, &[6, 0]);
+    rig.wait_for(&Call::Queue(0));
+    rig.device.reset();
+    rig.config_write(4, &[2, 0]);
+    assert!(!rig.device.driver_ready());
 }
 
 #[test]
