@@ -127,8 +127,9 @@ impl Told {
     pub const fn has_counted_all(&self, before: &Self) -> bool {
         let moved_bytes = self.assigned_bytes.saturating_sub(before.assigned_bytes);
         let lost_bytes = before.assigned_bytes.saturating_sub(self.assigned_bytes);
-        let least_bytes = (before.total_bytes + moved_bytes - moved_bytes / 64)
-            .saturating_sub(lost_bytes + UNCOUNTED_BYTES);
+        // The totals are the guest's words.
+        let expected_bytes = before.total_bytes.saturating_add(moved_bytes - moved_bytes / 64);
+        let least_bytes = expected_bytes.saturating_sub(lost_bytes.saturating_add(UNCOUNTED_BYTES));
         self.total_bytes >= least_bytes
     }
 }

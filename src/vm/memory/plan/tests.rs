@@ -143,6 +143,18 @@ fn progress_is_told_in_sixteenths_of_the_way() {
 
 proptest! {
     #[test]
+    fn whatever_a_guest_tells_is_compared(
+        before in (any::<u64>(), any::<u64>()),
+        after in (any::<u64>(), any::<u64>()),
+    ) {
+        let told = |(assigned_bytes, total_bytes)| Told { assigned_bytes, total_bytes };
+        let (before, after) = (told(before), told(after));
+        prop_assert!(before.has_counted_all(&before));
+        let richest = Told { total_bytes: u64::MAX, ..after };
+        prop_assert!(richest.has_counted_all(&before));
+    }
+
+    #[test]
     fn what_is_asked_for_is_never_more_than_the_target_and_close_to_it(
         startup_mib in 64u64..4096,
         growth in 0u64..64,
