@@ -56,6 +56,8 @@ pub struct FakeMemory {
     pub host_refuses: bool,
     /// What the host promised last, in bytes.
     pub promised_bytes: u64,
+    /// How often the guest was reminded of what it is asked for.
+    pub reminded_count: u32,
 }
 
 impl Default for FakeMemory {
@@ -71,6 +73,7 @@ impl Default for FakeMemory {
             tells: true,
             host_refuses: false,
             promised_bytes: 0,
+            reminded_count: 0,
         }
     }
 }
@@ -330,9 +333,10 @@ impl MachineMemory for FakeMachine {
         Ok(())
     }
 
-    fn request(&self, plan: &Plan) {
+    fn request(&self, plan: &Plan, insists: bool) {
         let mut behaviour = self.control.lock();
         let memory = &mut behaviour.memory;
+        memory.reminded_count += u32::from(insists);
         if memory.obeys && !plan.is_reached(&memory.now) {
             memory.now.plugged_bytes = plan.plugged_bytes;
             memory.now.ballooned_bytes = plan.ballooned_bytes;

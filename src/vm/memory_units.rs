@@ -1,21 +1,27 @@
 //! The memory of a machine on KVM: RAM, runtime memory, the two devices that change them, and what the host promised.
 //!
 //! The devices call [`Changes`] on the event loop and are locked meanwhile, so it only moves memory, notes what the
-//! guest told, and tells the mailbox; the supervisor then looks by [`MachineMemory::observe`].
+//! guest has and told, and tells the mailbox; the supervisor then looks by [`MachineMemory::observe`].
+//!
+//! A guest can keep its devices at work for long, for to unplug is to take memory out of the host's page tables. So
+//! the supervisor takes no lock of a device: what the guest has is in atomics, and what it is asked for is done by the
+//! event loop when it gets to it.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use serde_json::{Value, json};
 
 use crate::config::VmConfig;
+use crate::event_loop::LoopHandle;
 use crate::machine::memslots::Memslots;
 use crate::memory::host::{HostMemory, HostMemoryError, MemoryPromise};
 use crate::memory::region::{GuestRam, RamOptions};
 use crate::memory::runtime::RuntimeMemory;
-use crate::virtio::balloon::{Balloon, BalloonConfig, BalloonHost, BalloonStats};
-use crate::virtio::mem::{Mem, MemConfig, MemHost, PlugError};
-use crate::virtio::transport::VirtioPciDevice;
+use crate::virtio::balloon::{Balloon, BalloonConfig, BalloonHost, BalloonStats, TargetError};
+use crate::virtio::mem::{Mem, MemConfig, MemHost, PlugError, RequestedError};
+use crate::virtio::transport::{Driver, VirtioPciDevice};
 use crate::vm::mailbox::Mailbox;
 use crate::vm::memory::machine::{MachineMemory, Observed};
 use crate::vm::memory::plan::Plan;
@@ -27,6 +33,9 @@ pub(super) struct MemoryUnits {
     mem: Option<Arc<VirtioPciDevice>>,
     balloon: Option<Arc<VirtioPciDevice>>,
     promise: MemoryPromise,
+    event_loop: LoopHandle,
+    /// What the event loop has yet to ask of the guest.
+    asked: Arc<Mutex<Asked>>,
 }
 
 /// What devices do to memory, and what the guest told of it.
@@ -34,7 +43,19 @@ pub(super) struct Changes {
     ram: Arc<GuestRam>,
     runtime: Option<Arc<RuntimeMemory>>,
     mailbox: Mailbox,
+    plugged_bytes: AtomicU64,
+    ballooned_bytes: AtomicU64,
+    /// The host refused what the guest tried to plug last.
+    plug_refused: AtomicBool,
     told: Mutex<Told>,
+}
+
+/// What waits for the event loop, the later taking the place of the earlier.
+#[derive(Default)]
+struct Asked {
+    plan: Option<Plan>,
+    insists: bool,
+    total: bool,
 }
 
 #[derive(Default)]
@@ -51,11 +72,15 @@ impl MemoryUnits {
         ram: Arc<GuestRam>,
         runtime: Option<Arc<RuntimeMemory>>,
         mailbox: Mailbox,
+        event_loop: LoopHandle,
     ) -> Self {
         let changes = Arc::new(Changes {
             ram,
             runtime,
             mailbox,
+            plugged_bytes: AtomicU64::new(0),
+            ballooned_bytes: AtomicU64::new(0),
+            plug_refused: AtomicBool::new(false),
             told: Mutex::default(),
         });
         let memory = config.memory();
@@ -68,6 +93,8 @@ impl MemoryUnits {
             mem: None,
             balloon: None,
             promise,
+            event_loop,
+            asked: Arc::default(),
         }
     }
 
@@ -140,6 +167,7 @@ impl MemoryUnits {
             return Err(io::Error::other(error));
         }
         *self.changes.told() = Told::default();
+        self.changes.plug_refused.store(false, Ordering::Release);
         self.changes.ram.clear()?;
         self.changes
             .runtime
@@ -172,20 +200,21 @@ pub(super) fn new_runtime(
 
 impl MachineMemory for MemoryUnits {
     fn observe(&self) -> Observed {
-        let mem = self.mem.as_ref();
-        let balloon = self.balloon.as_ref();
-        let (guest_total_bytes, told_count) = {
-            let told = self.changes.told();
-            (told.total_bytes, told.count)
+        let driver = |device: &Option<Arc<VirtioPciDevice>>| {
+            device.as_ref().map_or(Driver::Absent, |device| device.driver())
         };
-        let plugged_bytes = mem.and_then(|mem| mem.with_device(|mem: &mut Mem| mem.plugged_bytes()));
-        let ballooned_bytes = balloon
-            .and_then(|balloon| balloon.with_device(|balloon: &mut Balloon| balloon.ballooned_bytes()));
+        let balloon_driver = driver(&self.balloon) != Driver::Absent;
+        let changes = &self.changes;
+        let (guest_total_bytes, told_count) = {
+            let told = changes.told();
+            (told.total_bytes.filter(|_| balloon_driver), told.count)
+        };
         Observed {
-            plugged_bytes: plugged_bytes.unwrap_or(0),
-            ballooned_bytes: ballooned_bytes.unwrap_or(0),
-            mem_driver: mem.is_some_and(|mem| mem.driver_ready()),
-            balloon_driver: balloon.is_some_and(|balloon| balloon.driver_ready()),
+            plugged_bytes: changes.plugged_bytes.load(Ordering::Acquire),
+            ballooned_bytes: changes.ballooned_bytes.load(Ordering::Acquire),
+            mem_driver: driver(&self.mem) != Driver::Absent,
+            balloon_driver,
+            plug_refused: changes.plug_refused.load(Ordering::Acquire),
             guest_total_bytes,
             told_count,
         }
@@ -199,30 +228,95 @@ impl MachineMemory for MemoryUnits {
         self.promise.raise(bytes)
     }
 
-    fn request(&self, plan: &Plan) {
-        let plugged = self.mem.as_ref();
-        let plugged =
-            plugged.and_then(|mem| mem.with_device(|mem: &mut Mem| mem.set_requested(plan.plugged_bytes)));
-        if let Some(Err(error)) = plugged {
-            log::error!("the memory device: {error}");
+    fn request(&self, plan: &Plan, insists: bool) {
+        if insists {
+            self.changes.plug_refused.store(false, Ordering::Release);
         }
-        let ballooned = self.balloon.as_ref();
-        let ballooned = ballooned.and_then(|balloon| {
-            balloon.with_device(|balloon: &mut Balloon| balloon.set_target(plan.ballooned_bytes))
+        self.ask(|asked| {
+            asked.plan = Some(*plan);
+            asked.insists |= insists;
         });
-        if let Some(Err(error)) = ballooned {
-            log::error!("the balloon: {error}");
-        }
     }
 
     fn ask_guest_total(&self) -> bool {
-        let balloon = self.balloon.as_ref();
-        balloon.and_then(|balloon| balloon.with_device(Balloon::request_stats)) == Some(true)
+        let has_driver = self
+            .balloon
+            .as_ref()
+            .is_some_and(|balloon| balloon.driver_ready());
+        if has_driver {
+            self.ask(|asked| asked.total = true);
+        }
+        has_driver
     }
 
     fn resident_bytes(&self) -> u64 {
         self.changes.resident_bytes()
     }
+}
+
+impl MemoryUnits {
+    /// Has the event loop ask the guest for something more. It asks for all at once when it gets to it.
+    fn ask(&self, more: impl FnOnce(&mut Asked)) {
+        {
+            let mut asked = lock(&self.asked);
+            let waits = asked.plan.is_some() || asked.total;
+            more(&mut asked);
+            if waits {
+                return;
+            }
+        }
+        // Whoever is asked on the loop is not kept by it: what waits there goes with the machine.
+        let (asked, mem, balloon) = (self.asked.clone(), weak(&self.mem), weak(&self.balloon));
+        let job = move || {
+            let now = std::mem::take(&mut *lock(&asked));
+            now.put(mem.upgrade().as_deref(), balloon.upgrade().as_deref());
+        };
+        // A loop that has ended has a guest that is about to.
+        let _ = self.event_loop.run_once(job);
+    }
+}
+
+impl Asked {
+    /// Asks the devices, on their event loop.
+    fn put(self, mem: Option<&VirtioPciDevice>, balloon: Option<&VirtioPciDevice>) {
+        let Self { plan, insists, total } = self;
+        if let Some((plan, mem)) = plan.zip(mem) {
+            let plugged = mem.with_device(|mem: &mut Mem| {
+                mem.set_requested(plan.plugged_bytes)?;
+                if insists {
+                    mem.remind();
+                }
+                Ok::<_, RequestedError>(())
+            });
+            if let Some(Err(error)) = plugged {
+                log::error!("the memory device: {error}");
+            }
+        }
+        let Some(balloon) = balloon else { return };
+        let ballooned = plan.and_then(|plan| {
+            balloon.with_device(|balloon: &mut Balloon| {
+                balloon.set_target(plan.ballooned_bytes)?;
+                if insists {
+                    balloon.remind();
+                }
+                Ok::<_, TargetError>(())
+            })
+        });
+        if let Some(Err(error)) = ballooned {
+            log::error!("the balloon: {error}");
+        }
+        if total {
+            balloon.ask_device(Balloon::request_stats);
+        }
+    }
+}
+
+fn lock(asked: &Mutex<Asked>) -> MutexGuard<'_, Asked> {
+    asked.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn weak(device: &Option<Arc<VirtioPciDevice>>) -> Weak<VirtioPciDevice> {
+    device.as_ref().map(Arc::downgrade).unwrap_or_default()
 }
 
 impl Changes {
@@ -243,12 +337,12 @@ impl MemHost for Changes {
         let Some(runtime) = &self.runtime else {
             return Ok(());
         };
-        runtime
-            .plug(offset, length_bytes)
-            .map_err(|error| PlugError::Host {
-                what: "to plug blocks",
-                source: io::Error::other(error),
-            })
+        let plugged = runtime.plug(offset, length_bytes);
+        self.plug_refused.store(plugged.is_err(), Ordering::Release);
+        plugged.map_err(|error| PlugError::Host {
+            what: "to plug blocks",
+            source: io::Error::other(error),
+        })
     }
 
     fn unplug(&self, offset: u64, length_bytes: u64) -> Result<(), PlugError> {
@@ -262,7 +356,8 @@ impl MemHost for Changes {
         Ok(())
     }
 
-    fn changed(&self, _plugged_bytes: u64) {
+    fn changed(&self, plugged_bytes: u64) {
+        self.plugged_bytes.store(plugged_bytes, Ordering::Release);
         self.mailbox.memory_changed();
     }
 }
@@ -276,7 +371,8 @@ impl BalloonHost for Changes {
         }
     }
 
-    fn changed(&self, _ballooned_bytes: u64) {
+    fn changed(&self, ballooned_bytes: u64) {
+        self.ballooned_bytes.store(ballooned_bytes, Ordering::Release);
         self.mailbox.memory_changed();
     }
 
