@@ -129,6 +129,14 @@ impl FakeControl {
         }
     }
 
+    /// The host has memory again.
+    pub fn host_memory_freed(&self) {
+        self.memory(|memory| memory.host_refuses = false);
+        if let Some(mailbox) = self.mailbox() {
+            mailbox.host_memory_freed();
+        }
+    }
+
     /// The number of machines that exist.
     pub fn alive_count(&self) -> usize {
         self.lock().alive_count

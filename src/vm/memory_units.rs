@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use crate::config::VmConfig;
 use crate::event_loop::LoopHandle;
 use crate::machine::memslots::Memslots;
-use crate::memory::host::{HostMemory, HostMemoryError, MemoryPromise};
+use crate::memory::host::{HostMemory, HostMemoryError, MemoryPromise, Promised};
 use crate::memory::region::{GuestRam, RamOptions};
 use crate::memory::runtime::RuntimeMemory;
 use crate::virtio::balloon::{Balloon, BalloonConfig, BalloonHost, BalloonStats, TargetError};
@@ -42,6 +42,7 @@ pub(super) struct MemoryUnits {
 pub(super) struct Changes {
     ram: Arc<GuestRam>,
     runtime: Option<Arc<RuntimeMemory>>,
+    huge_pages: bool,
     mailbox: Mailbox,
     plugged_bytes: AtomicU64,
     ballooned_bytes: AtomicU64,
@@ -77,6 +78,7 @@ impl MemoryUnits {
         let changes = Arc::new(Changes {
             ram,
             runtime,
+            huge_pages: config.memory().huge_pages,
             mailbox,
             plugged_bytes: AtomicU64::new(0),
             ballooned_bytes: AtomicU64::new(0),
@@ -84,10 +86,7 @@ impl MemoryUnits {
             told: Mutex::default(),
         });
         let memory = config.memory();
-        let resident = changes.clone();
-        let promise = host.promise(memory.startup_bytes, memory.huge_pages, move || {
-            resident.resident_bytes()
-        });
+        let promise = host.promise(memory.startup_bytes, memory.huge_pages, changes.clone());
         Self {
             changes,
             mem: None,
@@ -110,6 +109,7 @@ impl MemoryUnits {
             address: runtime.base(),
             region_bytes: runtime.size_bytes(),
             ram_bytes: self.changes.ram.size_bytes(),
+            slot_bytes: runtime.slot_bytes(),
         };
         Ok(Some(Mem::new(config, self.changes.clone())?))
     }
@@ -221,6 +221,7 @@ impl MachineMemory for MemoryUnits {
     }
 
     fn promise(&self, bytes: u64, unchecked: bool) -> Result<(), HostMemoryError> {
+        let bytes = self.changes.cost_bytes(bytes);
         if unchecked {
             self.promise.set(bytes);
             return Ok(());
@@ -324,11 +325,40 @@ impl Changes {
         self.told.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What it takes of the host to give the guest `bytes`. Huge pages are reserved for all of a slot when it is mapped,
+    /// and the balloon gives none of them back.
+    fn cost_bytes(&self, bytes: u64) -> u64 {
+        let Some(runtime) = self.runtime.as_ref().filter(|_| self.huge_pages) else {
+            return if self.huge_pages {
+                bytes.max(self.ram.size_bytes())
+            } else {
+                bytes
+            };
+        };
+        let above_bytes = bytes.saturating_sub(self.ram.size_bytes());
+        let slots_bytes = above_bytes.next_multiple_of(runtime.slot_bytes());
+        self.ram.size_bytes() + slots_bytes.min(runtime.size_bytes()).max(runtime.live_bytes())
+    }
+
     fn resident_bytes(&self) -> u64 {
         let runtime = self.runtime.as_ref().map(|runtime| runtime.resident_bytes());
         let parts = [Some(self.ram.resident_bytes()), runtime];
         // The host tells the size of files of our own.
         parts.into_iter().flatten().flatten().sum()
+    }
+}
+
+impl Promised for Changes {
+    fn taken_bytes(&self) -> u64 {
+        if !self.huge_pages {
+            return self.resident_bytes();
+        }
+        let runtime = self.runtime.as_ref();
+        self.ram.size_bytes() + runtime.map_or(0, |runtime| runtime.live_bytes())
+    }
+
+    fn may_ask_again(&self) {
+        self.mailbox.host_memory_freed();
     }
 }
 
@@ -390,3 +420,6 @@ impl BalloonHost for Changes {
 
     fn hinting_done(&self) {}
 }
+
+#[cfg(test)]
+mod tests;

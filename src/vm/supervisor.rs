@@ -208,6 +208,7 @@ impl Supervisor {
         match notice {
             Notice::Power(request) => power::guest_request(self, request),
             Notice::Memory => memory::look(self),
+            Notice::HostMemory => memory::host_freed(self),
             Notice::DriverReady { unit, ready } => {
                 nic::driver_ready(self, &unit, ready);
                 self.publish(EventKind::DriverReady { unit, ready });

@@ -190,6 +190,7 @@ impl VirtioDevice for Mem {
             address,
             region_bytes,
             ram_bytes: _,
+            slot_bytes: _,
         } = self.region.config();
         // struct virtio_mem_config (§5.15.4); node_id and padding are zero.
         let fields = [

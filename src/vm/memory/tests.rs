@@ -223,6 +223,8 @@ fn a_guest_whose_host_has_less_than_before_starts_with_its_start_up_size_and_say
         (memory.requested_bytes, memory.assigned_bytes),
         (2 * GIB, 512 * MIB)
     );
+    platform.control().host_memory_freed();
+    assert_eq!(settled(&events), (2 * GIB, "complete"), "another vm gave it back");
 }
 
 #[test]

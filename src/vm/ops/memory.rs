@@ -40,6 +40,8 @@ pub(in crate::vm) struct MemoryWork {
     pending: Option<Pending>,
     /// While what is asked for is not settled: what the VM's size may come to be.
     span: Option<Span>,
+    /// The host did not have what the guest was to be given when it began.
+    waits_for_host: bool,
 }
 
 /// What the guest of the present machine is asked for.
@@ -127,7 +129,8 @@ pub fn status(vm: &Supervisor) -> MemoryStatus {
     }
 }
 
-/// A guest begins with its start-up size, after a start or a reset: it is asked for the setting.
+/// A guest begins with its start-up size, after a start or a reset: it is asked for the setting. What the host does not
+/// have then it is asked for when another VM gives something back.
 pub fn started(vm: &mut Supervisor) {
     let config = vm.config.clone();
     let plan = match Plan::new(config.memory().assigned_bytes, config.memory(), config.version()) {
@@ -136,6 +139,9 @@ pub fn started(vm: &mut Supervisor) {
         Err(error) => return log::error!("vm {}: {error}", config.name()),
     };
     if let Err(error) = promise(vm, &plan) {
+        if std::mem::replace(&mut vm.memory.waits_for_host, true) {
+            return;
+        }
         log::warn!("vm {}: the guest keeps its start-up size: {error}", config.name());
         return vm.publish(EventKind::MemorySettled {
             requested_bytes: plan.requested_bytes,
@@ -146,6 +152,13 @@ pub fn started(vm: &mut Supervisor) {
     }
     ask(vm, plan, false);
     look(vm);
+}
+
+/// The host may have what it refused before.
+pub fn host_freed(vm: &mut Supervisor) {
+    if vm.memory.waits_for_host && vm.state != State::Stopping {
+        started(vm);
+    }
 }
 
 /// The machine reports a change.
@@ -318,6 +331,7 @@ fn ask(vm: &mut Supervisor, plan: Plan, insists: bool) {
     let now = machine.memory().observe();
     let from_bytes = assigned_bytes(vm.config.memory().startup_bytes, &now);
     machine.memory().request(&plan.step(&now), insists);
+    vm.memory.waits_for_host = false;
     let way = Way::new(from_bytes, plan.requested_bytes, plan.is_reached(&now));
     vm.memory.asked = Some(Asked { plan, way });
 }
