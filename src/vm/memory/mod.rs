@@ -39,6 +39,9 @@ pub struct MemoryStatus {
     pub guest_total_bytes: Option<u64>,
     /// What the guest's memory costs the host.
     pub resident_bytes: u64,
+    /// Whether what was asked for last is safe in the VM's directory, if it has one. If it is not, the next resize stores
+    /// it again.
+    pub stored: bool,
 }
 
 /// How [`Vm::resize_memory`] goes about it.
@@ -92,6 +95,9 @@ pub enum MemoryReason {
     Complete,
     /// The VM is off, and this is what its next guest will be asked for. Whether the host has it is known then.
     Stored,
+    /// The VM is off, and its directory did not take what it was asked for; it is the VM's setting for as long as the VM
+    /// is open. An event has the reason.
+    NotStored,
     /// The guest has the drivers, and had stopped moving long before the deadline: it does not give or take more. Also
     /// when a driver broke the rules and its device needs a reset, of which an event tells.
     GuestRefused,
@@ -113,6 +119,7 @@ impl MemoryReason {
         match self {
             Self::Complete => "complete",
             Self::Stored => "stored",
+            Self::NotStored => "not-stored",
             Self::GuestRefused => "guest-refused",
             Self::Host => "host",
             Self::DriverAbsent => "driver-absent",

@@ -276,6 +276,39 @@ fn the_size_is_stored_and_a_vm_opened_again_starts_with_it() {
 }
 
 #[test]
+fn a_size_that_cannot_be_stored_is_told_and_stored_later() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let place = folder.path().join("vm");
+    let platform = Arc::new(FakePlatform::default());
+    let config = builder().build().expect("the configuration is valid");
+    let vm = Vm::create(&place, config, platform.clone()).expect("the folder is empty");
+    let events = vm.events();
+    let away = folder.path().join("away");
+    std::fs::rename(&place, &away).expect("the folder can be moved");
+    let off = outcome(&vm, GIB, ResizeOptions::default());
+    assert_eq!((off.reason, off.is_done()), (MemoryReason::NotStored, false));
+    let told = std::iter::from_fn(|| events.next(SOON))
+        .find(|event| matches!(event.kind, EventKind::ConfigNotStored { .. }));
+    assert!(told.is_some());
+    start(&vm);
+    assert!(outcome(&vm, 2 * GIB, ResizeOptions::default()).is_done());
+    let stored = || vm.memory().expect("the supervisor lives").stored;
+    assert!(!stored(), "the guest has it all the same");
+    std::fs::rename(&away, &place).expect("the folder can be moved back");
+    assert!(outcome(&vm, 2 * GIB, ResizeOptions::default()).is_done());
+    drop(vm.power_off());
+    assert!(vm.wait_for(State::Off, SOON));
+    assert_eq!(
+        outcome(&vm, 2 * GIB, ResizeOptions::default()).reason,
+        MemoryReason::Stored
+    );
+    assert!(stored());
+    drop((vm, events));
+    let vm = Vm::open(&place, platform).expect("it was stored");
+    assert_eq!(vm.config().memory().assigned_bytes, 2 * GIB);
+}
+
+#[test]
 fn a_guest_that_does_not_tell_its_total_has_reached_its_target_all_the_same() {
     let (vm, platform) = started(builder());
     platform.control().memory(|memory| memory.tells = false);

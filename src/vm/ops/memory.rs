@@ -20,7 +20,7 @@ use crate::vm::memory::machine::{MachineMemory, Observed};
 use crate::vm::memory::plan::{Plan, Span, Told, assigned_bytes};
 use crate::vm::memory::way::Way;
 use crate::vm::memory::{AtDeadline, MemoryOutcome, MemoryReason, MemoryStatus, ResizeError, ResizeOptions};
-use crate::vm::operation::{Operation, OperationKind};
+use crate::vm::operation::{ErrorChain, Operation, OperationKind};
 use crate::vm::supervisor::Supervisor;
 
 /// A guest that has obeyed is asked for its total again for that long, at its own pace, while it has not counted all that
@@ -42,6 +42,15 @@ pub(in crate::vm) struct MemoryWork {
     span: Option<Span>,
     /// The host did not have what the guest was to be given when it began.
     waits_for_host: bool,
+    storing: Storing,
+}
+
+/// How the setting gets into the VM's directory.
+#[derive(Default)]
+struct Storing {
+    going_on_count: u32,
+    /// What was to be stored last is not.
+    failed: bool,
 }
 
 /// What the guest of the present machine is asked for.
@@ -126,6 +135,7 @@ pub fn status(vm: &Supervisor) -> MemoryStatus {
         assigned_bytes: now.map_or(0, |now| assigned_bytes(memory.startup_bytes, &now)),
         guest_total_bytes: now.and_then(|now| now.guest_total_bytes),
         resident_bytes: machine.map_or(0, |machine| machine.resident_bytes()),
+        stored: vm.memory.storing.going_on_count == 0 && !vm.memory.storing.failed,
     }
 }
 
@@ -165,7 +175,19 @@ pub fn host_freed(vm: &mut Supervisor) {
 pub fn look(vm: &mut Supervisor) {
     let Some(machine) = vm.machine.clone().filter(|_| vm.state != State::Stopping) else {
         // Of a VM that is off, the setting is all there is to change.
-        return end(vm, MemoryReason::Stored);
+        return match vm.memory.storing {
+            Storing {
+                going_on_count: 0,
+                failed: false,
+            } => end(vm, MemoryReason::Stored),
+            Storing {
+                going_on_count: 0,
+                failed: true,
+            } => end(vm, MemoryReason::NotStored),
+            Storing {
+                going_on_count: _, ..
+            } => {}
+        };
     };
     let now = machine.memory().observe();
     tell(vm, &now);
@@ -210,12 +232,15 @@ pub fn look(vm: &mut Supervisor) {
 /// The deadline of operation `id` has passed, or its guest has had the time to count what it was given.
 pub fn deadline_passed(vm: &mut Supervisor, id: OperationId) {
     let now = observe(vm);
-    let running = vm.state == State::Running;
+    let (running, is_off) = (vm.state == State::Running, vm.machine.is_none());
     let pending = vm.memory.pending.as_mut();
     let Some(pending) = pending.filter(|pending| pending.operation.id() == id) else {
         return;
     };
-    let reason = if pending.plan.is_reached(&now) {
+    let reason = if is_off {
+        // A disk that hangs may still store it.
+        MemoryReason::NotStored
+    } else if pending.plan.is_reached(&now) {
         // Only its total the guest did not tell.
         MemoryReason::Complete
     } else if pending.deadline.is_none_or(|deadline| deadline > Instant::now()) {
@@ -230,7 +255,7 @@ pub fn deadline_passed(vm: &mut Supervisor, id: OperationId) {
         MemoryReason::Deadline
     };
     let at_deadline = pending.at_deadline;
-    if reason != MemoryReason::Complete && at_deadline == AtDeadline::Withdraw {
+    if reason != MemoryReason::Complete && !is_off && at_deadline == AtDeadline::Withdraw {
         withdraw(vm, &now);
     }
     end(vm, reason);
@@ -259,7 +284,10 @@ fn withdraw(vm: &mut Supervisor, now: &Observed) {
 /// The guest is gone. What was asked for stays the VM's setting.
 pub fn guest_ended(vm: &mut Supervisor) {
     end(vm, MemoryReason::GuestEnded);
-    vm.memory = MemoryWork::default();
+    vm.memory = MemoryWork {
+        storing: std::mem::take(&mut vm.memory.storing),
+        ..MemoryWork::default()
+    };
 }
 
 /// Lets a caller that asks for the same share the pending operation.
@@ -309,20 +337,29 @@ fn promise(vm: &Supervisor, plan: &Plan) -> Result<(), HostMemoryError> {
 
 /// Makes `requested_bytes` the setting.
 fn remember(vm: &mut Supervisor, requested_bytes: u64) {
-    if vm.config.memory().assigned_bytes == requested_bytes {
+    if vm.config.memory().assigned_bytes == requested_bytes && !vm.memory.storing.failed {
         return;
     }
-    match vm.config.with_assigned_memory(requested_bytes) {
-        Ok(config) => vm.change_config(config, |vm, stored| {
-            if let Err(error) = stored {
-                log::error!(
-                    "vm {}: the size of its memory is not stored: {error}",
-                    vm.config.name()
-                );
-            }
-        }),
-        Err(error) => log::error!("vm {}: {error}", vm.config.name()),
-    }
+    let config = match vm.config.with_assigned_memory(requested_bytes) {
+        Ok(config) => config,
+        Err(error) => return log::error!("vm {}: {error}", vm.config.name()),
+    };
+    vm.memory.storing.going_on_count += 1;
+    vm.change_config(config, |vm, stored| {
+        vm.memory.storing.going_on_count -= 1;
+        vm.memory.storing.failed = stored.is_err();
+        if let Err(error) = stored {
+            let reason = ErrorChain(&error).to_string();
+            log::error!(
+                "vm {}: the size of its memory is not stored: {reason}",
+                vm.config.name()
+            );
+            vm.publish(EventKind::ConfigNotStored { reason });
+        }
+        if vm.machine.is_none() {
+            look(vm);
+        }
+    });
 }
 
 /// Asks the guest for `plan`; one that was asked for the same before tries again if this `insists`.
@@ -400,6 +437,7 @@ fn end(vm: &mut Supervisor, reason: MemoryReason) {
         MemoryReason::Withdrawn | MemoryReason::GuestEnded => {}
         MemoryReason::Complete
         | MemoryReason::Stored
+        | MemoryReason::NotStored
         | MemoryReason::GuestRefused
         | MemoryReason::Host
         | MemoryReason::DriverAbsent
