@@ -21,6 +21,8 @@ mod journal;
 mod labels;
 mod lifecycle;
 mod memory;
+mod memory_host;
+mod memory_refusals;
 mod net;
 mod nic;
 mod nic_cycles;
@@ -47,6 +49,8 @@ fn main() -> ExitCode {
         block::trials(),
         net::trials(),
         memory::trials(),
+        memory_host::trials(),
+        memory_refusals::trials(),
         hotplug::trials(),
         nic::trials(),
         nic_cycles::trials(),
