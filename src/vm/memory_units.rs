@@ -49,6 +49,8 @@ pub(super) struct Changes {
     /// The host refused what the guest tried to plug last.
     plug_refused: AtomicBool,
     told: Mutex<Told>,
+    #[cfg(test)]
+    hints: Mutex<tests::Hints>,
 }
 
 /// What waits for the event loop, the later taking the place of the earlier.
@@ -84,6 +86,8 @@ impl MemoryUnits {
             ballooned_bytes: AtomicU64::new(0),
             plug_refused: AtomicBool::new(false),
             told: Mutex::default(),
+            #[cfg(test)]
+            hints: Mutex::default(),
         });
         let memory = config.memory();
         let promise = host.promise(memory.startup_bytes, memory.huge_pages, changes.clone());
@@ -415,10 +419,22 @@ impl BalloonHost for Changes {
         self.mailbox.memory_changed();
     }
 
-    // Free page hints are for those who copy memory while it changes; nobody starts a round.
+    // Free page hints are for those who copy memory while it changes; only a test starts a round.
+    #[cfg(not(test))]
     fn hinted(&self, _address: u64, _length_bytes: u64) {}
 
+    #[cfg(not(test))]
     fn hinting_done(&self) {}
+
+    #[cfg(test)]
+    fn hinted(&self, _address: u64, length_bytes: u64) {
+        self.note_hints(|hints| hints.hinted_bytes += length_bytes);
+    }
+
+    #[cfg(test)]
+    fn hinting_done(&self) {
+        self.note_hints(|hints| hints.completed_count += 1);
+    }
 }
 
 #[cfg(test)]

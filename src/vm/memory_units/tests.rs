@@ -16,6 +16,38 @@ use crate::vm::mailbox::Message;
 
 const MIB: u64 = 1 << 20;
 
+/// What a guest hinted at.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Hints {
+    pub hinted_bytes: u64,
+    pub completed_count: u32,
+}
+
+impl Changes {
+    pub(super) fn note_hints(&self, note: impl FnOnce(&mut Hints)) {
+        note(&mut self.hints.lock().expect("no panic while locked"));
+    }
+}
+
+impl MemoryUnits {
+    /// Begins a round of hints at free pages; `false`: the guest's driver has none.
+    pub fn begin_hints(&self) -> bool {
+        let balloon = self.balloon.as_ref();
+        balloon.and_then(|balloon| balloon.with_device(Balloon::start_hinting)) == Some(true)
+    }
+
+    /// The guest may use again what it hinted at.
+    pub fn end_hints(&self) {
+        if let Some(balloon) = &self.balloon {
+            balloon.with_device(Balloon::end_hinting);
+        }
+    }
+
+    pub fn hints(&self) -> Hints {
+        *self.changes.hints.lock().expect("no panic while locked")
+    }
+}
+
 struct Rig {
     units: MemoryUnits,
     mem: Arc<VirtioPciDevice>,
@@ -116,6 +148,7 @@ fn huge_pages_are_promised_by_the_slot() {
         ballooned_bytes: AtomicU64::new(0),
         plug_refused: AtomicBool::new(false),
         told: Mutex::default(),
+        hints: Mutex::default(),
     };
     let (small, huge) = (changes(false), changes(true));
     let cost = |bytes| (small.cost_bytes(bytes) / MIB, huge.cost_bytes(bytes) / MIB);
