@@ -107,9 +107,9 @@ fn a_guest_under_load_gives_what_it_can() -> Result<(), Failed> {
         ),
         "{outcome}"
     );
-    // Not less than the program holds, and not as much as before; what was given is kept.
+    // Not less than the program holds. A guest may find nothing to give at all: Linux 6.1 did not here.
     assert!(
-        (bytes..=510 * MIB).contains(&outcome.reached_bytes),
+        (bytes..=512 * MIB).contains(&outcome.reached_bytes),
         "{outcome}, {bytes} bytes are held"
     );
     let memory = guest.vm.memory()?;
@@ -137,13 +137,13 @@ fn a_guest_short_of_memory_empties_its_balloon() -> Result<(), Failed> {
     let (guest, mut shell) = Guest::boot(elastic("short")?.deflate_on_oom(true))?;
     let at_start = meminfo_total(&mut shell)?;
     reach(&guest, 200 * MIB)?;
-    // More than it has now, and less than it had.
-    fill(&mut shell, 248)?;
+    // More than it has free now. Linux empties the balloon by 1 MiB each time that it runs out.
+    fill(&mut shell, 184)?;
     let sum = shell.succeed("md5sum </load/file")?;
     let memory = guest.vm.memory()?;
-    assert!(memory.assigned_bytes > 256 * MIB, "{memory:?}");
+    assert!(memory.assigned_bytes > 200 * MIB, "{memory:?}");
     assert_eq!(memory.requested_bytes, 200 * MIB);
-    let text = text(&mut shell, 248)?;
+    let text = text(&mut shell, 184)?;
     assert_eq!(shell.succeed(&format!("({text}) | md5sum"))?, sum);
     let kills = shell.run("dmesg | grep -iE 'oom-kill|killed process'")?;
     assert_eq!(kills.text, "");
@@ -264,22 +264,28 @@ fn a_driver_that_comes_anew_unplugs_everything_first() -> Result<(), Failed> {
             .is_some_and(|total| total < at_start + 8 * MIB),
         "offline memory does not count: {outcome:?}"
     );
-    reach(&guest, 768 * MIB)?;
+    // Half a memory block of Linux is left: its driver takes that out of use when it goes, but no whole ones, and then
+    // does not come again.
+    let kept = 576 * MIB;
+    reach(&guest, kept)?;
     assert_eq!(usable_mib()?, 640, "it does not shrink while anything is plugged");
     shell.succeed("rmmod virtio_mem")?;
-    let memory = guest.vm.memory()?;
     assert_eq!(
-        memory.assigned_bytes,
-        768 * MIB,
+        guest.vm.memory()?.assigned_bytes,
+        kept,
         "the blocks may be in use, for all that is known"
     );
     shell.succeed("insmod /modules/$(tail -n 1 /modules/virtio_mem.order)")?;
     // UNPLUG ALL is what lets the usable part shrink (virtio 1.2 §5.15.6.3); then it plugs what is asked for.
-    wait_for(WITHIN, "the new driver to begin anew", || {
-        (usable_mib().ok()? == 384).then_some(())
-    })?;
+    let begun = wait_for(WITHIN, "the new driver to begin anew", || {
+        (usable_mib().ok()? == 256).then_some(())
+    });
+    if let Err(error) = begun {
+        let words = shell.run("dmesg | grep virtio_mem")?.text;
+        return Err(format!("{error}; its kernel says:\n{words}").into());
+    }
     wait_for(WITHIN, "the new driver to plug", || {
-        (guest.vm.memory().ok()?.assigned_bytes == 768 * MIB).then_some(())
+        (guest.vm.memory().ok()?.assigned_bytes == kept).then_some(())
     })?;
     assert_eq!(reach(&guest, 512 * MIB)?.reached_bytes, 512 * MIB);
     no_harm(&mut shell)
