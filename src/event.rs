@@ -70,6 +70,9 @@ pub enum EventKind {
         guest_total_bytes: Option<u64>,
         reason: &'static str,
     },
+    /// The VM goes on with a configuration that its directory did not take; the next change stores it again. The VM would
+    /// be opened again with what is stored.
+    ConfigNotStored { reason: String },
     /// A network card was added to a running machine: the guest can see it, and the configuration holds it.
     NicAttached {
         name: NicName,
@@ -117,6 +120,7 @@ impl EventKind {
             | Self::NicRemoveRefused { .. }
             | Self::NicRenamed { .. }
             | Self::NicLink { .. }
+            | Self::ConfigNotStored { .. }
             | Self::Lost { .. } => false,
         }
     }

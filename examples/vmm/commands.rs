@@ -1,4 +1,5 @@
-//! The commands: each is one request to the VM, answered when it has ended or takes too long.
+//! The commands: each is one request to the VM, answered when it has ended or takes too long. `memory` and `quit` are
+//! the session's.
 
 use std::time::Duration;
 
@@ -27,12 +28,9 @@ pub fn run(vm: &Vm, command: &str, rest: &[&str]) -> Result<Value, String> {
         ("shut-down", [seconds]) => shut_down(vm, parse_seconds(seconds)?),
         ("wait", [state]) => wait(vm, state, Duration::from_secs(DEFAULT_SECONDS)),
         ("wait", [state, seconds]) => wait(vm, state, parse_seconds(seconds)?),
-        ("memory", [target]) => memory::resize(vm, target, Duration::from_secs(DEFAULT_SECONDS)),
-        ("memory", [target, seconds]) => memory::resize(vm, target, parse_seconds(seconds)?),
         ("nic", words) => nics::run(vm, words),
         ("status", []) => status(vm),
         ("inspect", []) => Ok(json!({ "inspect": vm.inspect().map_err(|error| error.to_string())? })),
-        ("quit", []) => Ok(json!({})),
         (
             "start" | "pause" | "resume" | "reset" | "power-off" | "shut-down" | "wait" | "status" | "memory"
             | "inspect" | "quit",

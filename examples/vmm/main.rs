@@ -8,7 +8,9 @@
 //! ```
 //! With `--name` a new VM is made in DIR; without it the VM in DIR is opened. The guest is not started by itself.
 //! Standard input takes one command per line, standard output carries one JSON object per line: replies in command
-//! order, events at any time. The end of input is `quit`. The exit status is 0 unless the VM could not be made.
+//! order, events at any time. A command takes effect when those before it are answered; but while `memory` waits for the
+//! guest, `power-off`, `quit` and another `memory` take effect at once. The end of input is `quit` when everything is
+//! answered. The exit status is 0 unless the VM could not be made.
 //! Words are quoted as in a shell: `nic remove "the \"red\" one" 10`; `name='a b',tap=tap0` is one word. A comma in a
 //! value of `name=N,tap=T` is written twice.
 
@@ -16,17 +18,18 @@ mod arguments;
 mod commands;
 mod memory;
 mod nics;
+mod session;
 mod words;
 
 use std::fs::File;
-use std::io::{self, BufRead, Write};
+use std::io::{self, BufReader, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use vm_lifecycle::config::VmConfig;
 use vm_lifecycle::event::EventStream;
 use vm_lifecycle::vm::Vm;
@@ -34,6 +37,7 @@ use vm_lifecycle::vm::host::{HostDevices, KvmPlatform};
 use vm_lifecycle::vm::operation::ErrorChain;
 
 use crate::arguments::Arguments;
+use crate::session::Session;
 
 /// Gives the guest a file as its serial port; a restarted guest goes on at its end.
 struct Console {
@@ -91,47 +95,10 @@ fn make_vm() -> Result<Vm, Box<dyn std::error::Error>> {
 fn serve(vm: Vm) {
     let events = vm.events();
     let printer = std::thread::spawn(move || print_events(&events));
-    for line in io::stdin().lock().split(b'\n') {
-        let Ok(line) = line else { break };
-        // What is not UTF-8 is no command's name: the reply says so.
-        if !answer(&vm, &String::from_utf8_lossy(&line)) {
-            break;
-        }
-    }
-    drop(vm);
+    Session::new(vm).run(BufReader::new(io::stdin()));
     if printer.join().is_err() {
         eprintln!("vmm: the event printer panicked");
     }
-}
-
-/// Runs the command in `line`, if there is one, and prints the reply; `false` when it was the last.
-fn answer(vm: &Vm, line: &str) -> bool {
-    let (words, result);
-    match words::split(line) {
-        Ok(split) => {
-            words = split;
-            let words: Vec<_> = words.iter().map(String::as_str).collect();
-            let Some((&command, rest)) = words.split_first() else {
-                return true;
-            };
-            result = commands::run(vm, command, rest);
-        }
-        Err(error) => {
-            words = line.split_whitespace().map(str::to_owned).collect();
-            result = Err(error);
-        }
-    }
-    let command = words.first().map_or("", String::as_str);
-    print(&match result {
-        Ok(Value::Object(fields)) => {
-            let mut reply = json!({ "reply": command, "ok": true });
-            reply.as_object_mut().expect("made as an object").extend(fields);
-            reply
-        }
-        Ok(_) => json!({ "reply": command, "ok": true }),
-        Err(error) => json!({ "reply": command, "ok": false, "error": error }),
-    });
-    command != "quit"
 }
 
 fn print_events(events: &EventStream) {

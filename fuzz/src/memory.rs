@@ -32,6 +32,7 @@ impl Books {
             address: REGION.start,
             region_bytes: REGION.end - REGION.start,
             ram_bytes: 1 << 30,
+            slot_bytes: 128 << 20,
         };
         Mem::new(config, self.clone()).expect("a good region")
     }

@@ -1,4 +1,5 @@
-//! A stand-in for the host's VM, for tests and fuzzing of the layers above KVM. It counts and never refuses.
+//! A stand-in for the host's VM, for tests and fuzzing of the layers above KVM. It counts, and refuses what a
+//! test asks it to.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -21,6 +22,8 @@ struct Books {
     ioevents: Vec<(i32, u64)>,
     memslots: Vec<u32>,
     routing_count: usize,
+    refuses_slots: bool,
+    refuses_deletes: bool,
 }
 
 impl FakeVm {
@@ -43,6 +46,16 @@ impl FakeVm {
         self.books().memslots.len()
     }
 
+    /// From now on no memslot can be made, or can.
+    pub fn refuse_slots(&self, refuses: bool) {
+        self.books().refuses_slots = refuses;
+    }
+
+    /// From now on no memslot can be deleted, or can.
+    pub fn refuse_deletes(&self, refuses: bool) {
+        self.books().refuses_deletes = refuses;
+    }
+
     /// How often the routing table was written.
     pub fn routing_count(&self) -> usize {
         self.books().routing_count
@@ -56,6 +69,13 @@ impl FakeVm {
 impl HostVm for FakeVm {
     fn set_memslot(&self, region: kvm_userspace_memory_region) -> io::Result<()> {
         let mut books = self.books();
+        let refused = match region.memory_size {
+            0 => books.refuses_deletes,
+            _ => books.refuses_slots,
+        };
+        if refused {
+            return Err(io::Error::from_raw_os_error(libc::ENOMEM));
+        }
         books.memslots.retain(|slot| *slot != region.slot);
         if region.memory_size != 0 {
             books.memslots.push(region.slot);

@@ -193,8 +193,8 @@ impl HostVm for KvmVm {
     fn set_memslot(&self, region: kvm_userspace_memory_region) -> io::Result<()> {
         // SAFETY: the kernel checks the region's alignment and overlap. The memory behind it is owned by whoever
         // registers the slot: `Memslots` is the only caller, checks the range against the mapping and keeps it mapped
-        // until the slot is deleted. The guest's writes to it are those of another thread, which vm-memory's
-        // volatile accesses allow for.
+        // until the slot is deleted, for ever if that fails. The guest's writes to it are those of another thread,
+        // which vm-memory's volatile accesses allow for.
         unsafe { self.fd.set_user_memory_region(region) }?;
         Ok(())
     }

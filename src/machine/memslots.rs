@@ -1,7 +1,7 @@
 //! Memslots: which parts of guest memory the host shows to the guest, registered as guards.
 //!
 //! KVM offers a limited number of slots, so their numbers are recycled: the lowest free one is taken. A slot keeps
-//! the memory behind it mapped.
+//! the memory behind it mapped; one that the host does not delete keeps it for ever.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -171,8 +171,12 @@ impl Drop for Memslot {
             Ok(()) => {
                 self.inner.used().remove(&self.region.slot);
             }
-            // The number stays taken: the host still shows this memory under it.
-            Err(error) => log::error!("memslot {}: cannot delete it: {error}", self.region.slot),
+            Err(error) => {
+                log::error!("memslot {}: cannot delete it: {error}", self.region.slot);
+                // The guest still sees this memory under this number: the number stays taken, and the mapping in place
+                // for as long as the process lives, so that nothing else ever comes to these addresses.
+                std::mem::forget(self._memory.clone());
+            }
         }
     }
 }
@@ -199,6 +203,22 @@ mod tests {
         assert_eq!((vm.memslot_count(), slots.used_count()), (1, 1));
         let third = slots.register(&memory, 0x2000, 0x1000).expect("slots are free");
         assert_eq!(third.slot(), 0);
+    }
+
+    #[test]
+    fn a_slot_that_the_host_does_not_delete_keeps_its_number_and_its_mapping() {
+        let vm = Arc::new(FakeVm::default());
+        let slots = Memslots::new(vm.clone(), 8);
+        let memory = memory();
+        let mapping = Arc::downgrade(&memory);
+        let kept = slots.register(&memory, 0, 0x1000).expect("slots are free");
+        let gone = slots.register(&memory, 0x1000, 0x1000).expect("slots are free");
+        drop(memory);
+        drop(gone);
+        vm.refuse_deletes(true);
+        drop(kept);
+        assert_eq!((vm.memslot_count(), slots.used_count()), (1, 1));
+        assert_eq!(mapping.strong_count(), 1, "the guest still sees the memory");
     }
 
     #[test]

@@ -32,7 +32,18 @@ struct Promises {
 struct Promise {
     bytes: u64,
     huge_pages: bool,
-    resident: Box<dyn Fn() -> u64 + Send + Sync>,
+    vm: Arc<dyn Promised>,
+    /// It was refused more, and is told when there may be.
+    waits: bool,
+}
+
+/// A VM that is promised memory. Called with the purse locked, by any thread: both verbs return at once.
+pub trait Promised: Send + Sync {
+    /// What the VM has taken from the host, in bytes; of huge pages, also those that are reserved for it.
+    fn taken_bytes(&self) -> u64;
+
+    /// The VM was refused more, and another one gave something back.
+    fn may_ask_again(&self);
 }
 
 /// What one VM was promised, until it is dropped.
@@ -83,25 +94,18 @@ impl HostMemory {
         }
     }
 
-    /// Takes note of a VM that has `bytes` and of which `resident` tells how much it has taken from the host.
-    pub fn promise(
-        &self,
-        bytes: u64,
-        huge_pages: bool,
-        resident: impl Fn() -> u64 + Send + Sync + 'static,
-    ) -> MemoryPromise {
+    /// Takes note of `vm`, which has `bytes`.
+    pub fn promise(&self, bytes: u64, huge_pages: bool, vm: Arc<dyn Promised>) -> MemoryPromise {
         let mut promises = self.purse.promises();
         promises.last_id += 1;
         let id = promises.last_id;
-        let resident = Box::new(resident);
-        promises.made.insert(
-            id,
-            Promise {
-                bytes,
-                huge_pages,
-                resident,
-            },
-        );
+        let promise = Promise {
+            bytes,
+            huge_pages,
+            vm,
+            waits: false,
+        };
+        promises.made.insert(id, promise);
         MemoryPromise {
             purse: self.purse.clone(),
             id,
@@ -110,19 +114,65 @@ impl HostMemory {
 }
 
 impl MemoryPromise {
-    /// Raises the promise to `bytes`, if the host has them; a promise that is as large already stays.
+    /// Raises the promise to `bytes`, if the host has them; a promise that is as large already stays. A VM that is
+    /// refused is told when another one gives something back.
     ///
     /// # Errors
     /// [`HostMemoryError`] with what is there; the promise is as before.
     pub fn raise(&self, bytes: u64) -> Result<(), HostMemoryError> {
         let mut promises = self.purse.promises();
-        let Some(own) = promises.made.get(&self.id).filter(|own| own.bytes < bytes) else {
+        let raised = promises.check(self.id, bytes, self.purse.limit_bytes);
+        if let Some(own) = promises.made.get_mut(&self.id) {
+            own.waits = raised.is_err();
+            if raised.is_ok() {
+                own.bytes = own.bytes.max(bytes);
+            }
+        }
+        raised
+    }
+
+    /// Sets the promise to `bytes` without a question: memory was given back, or over-commit was asked for.
+    pub fn set(&self, bytes: u64) {
+        let mut promises = self.purse.promises();
+        let Some(own) = promises.made.get_mut(&self.id) else {
+            return;
+        };
+        let before_bytes = std::mem::replace(&mut own.bytes, bytes);
+        if bytes < before_bytes {
+            promises.tell_waiting();
+        }
+    }
+}
+
+impl Drop for MemoryPromise {
+    fn drop(&mut self) {
+        let mut promises = self.purse.promises();
+        let gone = promises.made.remove(&self.id);
+        promises.tell_waiting();
+        // The last word of a VM may be to unmap all its memory, and others must not wait for that.
+        drop(promises);
+        drop(gone);
+    }
+}
+
+impl Purse {
+    fn promises(&self) -> MutexGuard<'_, Promises> {
+        self.promises.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Promises {
+    /// Checks that promise `id` can be `bytes`. Of another VM counts what it was promised, or what it has if that is
+    /// more: a guest can touch memory again that it gave back.
+    fn check(&self, id: u64, bytes: u64, limit_bytes: Option<u64>) -> Result<(), HostMemoryError> {
+        let Some(own) = self.made.get(&id).filter(|own| own.bytes < bytes) else {
             return Ok(());
         };
-        let others = promises.made.iter().filter(|(id, _)| **id != self.id);
+        let others = self.made.iter().filter(|(other, _)| **other != id);
         let others: Vec<_> = others.map(|(_, promise)| promise).collect();
-        if let Some(limit_bytes) = self.purse.limit_bytes {
-            let total_bytes = others.iter().map(|other| other.bytes).sum::<u64>() + bytes;
+        if let Some(limit_bytes) = limit_bytes {
+            let held = others.iter().map(|other| other.bytes.max(other.vm.taken_bytes()));
+            let total_bytes = held.sum::<u64>() + bytes;
             if total_bytes > limit_bytes {
                 return Err(HostMemoryError::Limit {
                     total_bytes,
@@ -140,45 +190,22 @@ impl MemoryPromise {
                 available_bytes,
             });
         }
-        promises.set(self.id, bytes);
         Ok(())
     }
 
-    /// Sets the promise to `bytes` without a question: memory was given back, or over-commit was asked for.
-    pub fn set(&self, bytes: u64) {
-        self.purse.promises().set(self.id, bytes);
-    }
-}
-
-impl Drop for MemoryPromise {
-    fn drop(&mut self) {
-        self.purse.promises().made.remove(&self.id);
-    }
-}
-
-impl Purse {
-    fn promises(&self) -> MutexGuard<'_, Promises> {
-        self.promises.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Promises {
-    fn set(&mut self, id: u64, bytes: u64) {
-        if let Some(promise) = self.made.get_mut(&id) {
-            promise.bytes = bytes;
+    /// Tells those who were refused that something was given back.
+    fn tell_waiting(&mut self) {
+        for promise in self.made.values_mut().filter(|promise| promise.waits) {
+            promise.waits = false;
+            promise.vm.may_ask_again();
         }
     }
 }
 
 impl Promise {
-    /// The part of `bytes` that the VM has not taken from the host. Huge pages are taken when they are mapped.
+    /// The part of `bytes` that the VM has not taken from the host.
     fn untaken(&self, bytes: u64) -> u64 {
-        let taken_bytes = if self.huge_pages {
-            self.bytes
-        } else {
-            (self.resident)()
-        };
-        bytes.saturating_sub(taken_bytes)
+        bytes.saturating_sub(self.vm.taken_bytes())
     }
 }
 
@@ -240,15 +267,41 @@ fn left_in(group: &Path) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
     use super::*;
 
     const MIB: u64 = 1 << 20;
 
+    /// A VM that has taken so much.
+    #[derive(Default)]
+    struct Has {
+        taken_bytes: AtomicU64,
+        told_count: AtomicU64,
+    }
+
+    impl Promised for Has {
+        fn taken_bytes(&self) -> u64 {
+            self.taken_bytes.load(Ordering::Relaxed)
+        }
+
+        fn may_ask_again(&self) {
+            self.told_count.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn has(taken_bytes: u64) -> Arc<Has> {
+        Arc::new(Has {
+            taken_bytes: taken_bytes.into(),
+            told_count: AtomicU64::default(),
+        })
+    }
+
     #[test]
     fn two_vms_are_not_promised_the_same_bytes() {
         let memory = HostMemory::limited_to(64 * MIB);
-        let first = memory.promise(16 * MIB, false, || 0);
-        let second = memory.promise(16 * MIB, false, || 16 * MIB);
+        let first = memory.promise(16 * MIB, false, has(0));
+        let second = memory.promise(16 * MIB, false, has(16 * MIB));
         first.raise(40 * MIB).expect("40 and 16 are below 64");
         let error = second.raise(32 * MIB).expect_err("40 and 32 are above 64");
         let told = format!(
@@ -271,17 +324,66 @@ mod tests {
     }
 
     #[test]
+    fn what_a_guest_has_beyond_its_promise_counts() {
+        let memory = HostMemory::limited_to(64 * MIB);
+        let (first, greedy) = (memory.promise(0, false, has(0)), has(16 * MIB));
+        let _second = memory.promise(16 * MIB, false, greedy.clone());
+        first.raise(48 * MIB).expect("48 and 16 are 64");
+        first.set(0);
+        greedy.taken_bytes.store(32 * MIB, Ordering::Relaxed);
+        let error = first.raise(48 * MIB).expect_err("48 and 32 are above 64");
+        assert!(matches!(error, HostMemoryError::Limit { .. }), "{error}");
+    }
+
+    #[test]
+    fn who_was_refused_is_told_when_something_is_given_back() {
+        let memory = HostMemory::limited_to(64 * MIB);
+        let waiting = has(0);
+        let first = memory.promise(16 * MIB, false, waiting.clone());
+        let told_count = || waiting.told_count.load(Ordering::Relaxed);
+        let second = memory.promise(48 * MIB, false, has(0));
+        second.set(47 * MIB);
+        assert_eq!(told_count(), 0, "it was refused nothing");
+        first.raise(64 * MIB).expect_err("64 and 47 are above 64");
+        second.set(40 * MIB);
+        second.set(30 * MIB);
+        assert_eq!(told_count(), 1, "it has to ask again first");
+        first.raise(64 * MIB).expect_err("64 and 30 are above 64");
+        drop(second);
+        assert_eq!(told_count(), 2);
+        first.raise(64 * MIB).expect("the other vm is gone");
+    }
+
+    #[test]
+    fn the_last_of_a_vm_goes_when_others_can_ask() {
+        struct Asks(HostMemory);
+        impl Promised for Asks {
+            fn taken_bytes(&self) -> u64 {
+                0
+            }
+            fn may_ask_again(&self) {}
+        }
+        impl Drop for Asks {
+            fn drop(&mut self) {
+                drop(self.0.promise(0, false, has(0)));
+            }
+        }
+        let memory = HostMemory::default();
+        drop(memory.promise(MIB, false, Arc::new(Asks(memory.clone()))));
+    }
+
+    #[test]
     fn what_is_promised_and_not_taken_counts_as_gone() {
         let memory = HostMemory::default();
         let host_bytes = available_bytes(false).expect("the host tells");
-        let first = memory.promise(0, false, || 0);
-        let second = memory.promise(0, false, || 0);
+        let first = memory.promise(0, false, has(0));
+        let second = memory.promise(0, false, has(0));
         first.raise(host_bytes / 2).expect("half is there");
         let error = second
             .raise(host_bytes * 3 / 4)
             .expect_err("the half that is left is less");
         assert!(matches!(error, HostMemoryError::Unavailable { .. }), "{error}");
-        let taken = memory.promise(0, false, move || host_bytes);
+        let taken = memory.promise(0, false, has(host_bytes));
         taken.raise(host_bytes).expect("it takes nothing more");
     }
 

@@ -14,7 +14,8 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 
 use vm_memory::{
     GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
@@ -41,6 +42,8 @@ pub struct RuntimeMemory {
     /// What devices see: the RAM and the live slots.
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
     slots: Mutex<Slots>,
+    /// For those who must not wait for `slots`; written under it.
+    live_bytes: AtomicU64,
 }
 
 #[derive(Default)]
@@ -124,6 +127,7 @@ impl RuntimeMemory {
             memslots,
             memory: GuestMemoryAtomic::from(ram.memory().clone()),
             slots: Mutex::default(),
+            live_bytes: AtomicU64::new(0),
         })
     }
 
@@ -169,7 +173,10 @@ impl RuntimeMemory {
             }
         }
         self.show(fresh.values().map(|slot| &slot.region));
-        slots.live.extend(fresh);
+        for (index, slot) in fresh {
+            self.live_bytes.fetch_add(slot.region.len(), Ordering::Release);
+            slots.live.insert(index, slot);
+        }
         for (index, start, piece_bytes) in pieces {
             if let Some(slot) = slots.live.get_mut(&index) {
                 slot.mark(start % self.slot_bytes, piece_bytes, true);
@@ -237,13 +244,28 @@ impl RuntimeMemory {
         Ok(())
     }
 
-    /// What the region costs the host at this moment, in bytes.
+    /// What the region costs the host at this moment, in bytes. Does not wait for slots that come or go meanwhile.
     ///
     /// # Errors
     /// The host's error.
     pub fn resident_bytes(&self) -> io::Result<u64> {
-        self.sweep(&mut self.slots())?;
+        match self.slots.try_lock() {
+            Ok(mut slots) => self.sweep(&mut slots)?,
+            Err(TryLockError::Poisoned(slots)) => self.sweep(&mut slots.into_inner())?,
+            // Whoever has them sweeps.
+            Err(TryLockError::WouldBlock) => {}
+        }
         resident_bytes(&self.file)
+    }
+
+    /// How much of the region the guest sees, in bytes: the slots with plugged blocks, whole. Never waits.
+    pub fn live_bytes(&self) -> u64 {
+        self.live_bytes.load(Ordering::Acquire)
+    }
+
+    /// The size of a slot in bytes.
+    pub fn slot_bytes(&self) -> u64 {
+        self.slot_bytes
     }
 
     /// The number of slots that the guest sees.
@@ -328,6 +350,7 @@ impl RuntimeMemory {
         }
         drop(now);
         let at_work = Arc::downgrade(&slot.region);
+        self.live_bytes.fetch_sub(slot.region.len(), Ordering::Release);
         drop(slot);
         if at_work.strong_count() > 0 {
             slots.retired.push((index, at_work));

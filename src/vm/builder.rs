@@ -286,7 +286,14 @@ impl Assembly {
         ];
         Ok(Self {
             vm,
-            memory: MemoryUnits::new(config, host_memory, ram.clone(), runtime, mailbox.clone()),
+            memory: MemoryUnits::new(
+                config,
+                host_memory,
+                ram.clone(),
+                runtime,
+                mailbox.clone(),
+                event_loop.handle(),
+            ),
             ram,
             memslots,
             buses,

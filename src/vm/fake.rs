@@ -2,6 +2,8 @@
 //!
 //! It answers at once. Its [`FakeControl`] plays the guest: it can end, reset or ignore the power button.
 
+mod memory;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -10,12 +12,12 @@ use serde_json::{Value, json};
 use crate::config::{NicConfig, VmConfig};
 use crate::event::EndCause;
 use crate::ids::{Bdf, NicName, UnitName};
-use crate::memory::host::HostMemoryError;
 use crate::unit::{PauseTicket, PowerListener, PowerRequest, UnitListener};
 use crate::vm::mailbox::Mailbox;
-use crate::vm::memory::machine::{MachineMemory, Observed};
-use crate::vm::memory::plan::Plan;
+use crate::vm::memory::machine::MachineMemory;
 use crate::vm::platform::{BuildError, DeviceStatus, Machine, Platform};
+
+pub use memory::FakeMemory;
 
 /// Makes machines without a guest.
 #[derive(Clone, Default)]
@@ -54,38 +56,6 @@ struct Behaviour {
     asked: BTreeSet<Bdf>,
     /// Of `nics`, those that it does not see any more.
     hidden: BTreeSet<Bdf>,
-}
-
-/// The memory of a guest that is not there.
-#[derive(Debug, Clone)]
-pub struct FakeMemory {
-    /// What the guest has.
-    pub now: Observed,
-    /// Whether it does at once what it is asked for.
-    pub obeys: bool,
-    /// Whether it tells its total when it is asked.
-    pub tells: bool,
-    /// Whether the host refuses to promise more.
-    pub host_refuses: bool,
-    /// What the host promised last, in bytes.
-    pub promised_bytes: u64,
-}
-
-impl Default for FakeMemory {
-    fn default() -> Self {
-        let now = Observed {
-            mem_driver: true,
-            balloon_driver: true,
-            ..Observed::default()
-        };
-        Self {
-            now,
-            obeys: true,
-            tells: true,
-            host_refuses: false,
-            promised_bytes: 0,
-        }
-    }
 }
 
 struct FakeMachine {
@@ -165,6 +135,14 @@ impl FakeControl {
             .changed
             .wait_while(self.lock(), |behaviour| behaviour.alive_count > 0);
         drop(waited.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// The host has memory again.
+    pub fn host_memory_freed(&self) {
+        self.memory(|memory| memory.host_refuses = false);
+        if let Some(mailbox) = self.mailbox() {
+            mailbox.host_memory_freed();
+        }
     }
 
     /// The number of machines that exist.
@@ -434,58 +412,6 @@ impl Machine for FakeMachine {
         let panics = self.control.lock().panics;
         assert!(!panics, "the device panics, as the test wants");
         json!({ "fake": true })
-    }
-}
-
-impl FakeMemory {
-    fn power_on(&mut self) {
-        self.now.plugged_bytes = 0;
-        self.now.ballooned_bytes = 0;
-    }
-}
-
-impl MachineMemory for FakeMachine {
-    fn observe(&self) -> Observed {
-        self.control.lock().memory.now
-    }
-
-    fn promise(&self, bytes: u64, unchecked: bool) -> Result<(), HostMemoryError> {
-        let mut behaviour = self.control.lock();
-        let memory = &mut behaviour.memory;
-        if memory.host_refuses && !unchecked && bytes > memory.promised_bytes {
-            return Err(HostMemoryError::Unavailable {
-                need_bytes: bytes,
-                available_bytes: memory.promised_bytes,
-            });
-        }
-        memory.promised_bytes = bytes;
-        Ok(())
-    }
-
-    fn request(&self, plan: &Plan) {
-        let mut behaviour = self.control.lock();
-        let memory = &mut behaviour.memory;
-        if memory.obeys && !plan.is_reached(&memory.now) {
-            memory.now.plugged_bytes = plan.plugged_bytes;
-            memory.now.ballooned_bytes = plan.ballooned_bytes;
-            self.mailbox.memory_changed();
-        }
-    }
-
-    fn ask_guest_total(&self) -> bool {
-        let mut driver = false;
-        self.control.memory(|memory| {
-            driver = memory.now.balloon_driver;
-            if driver && memory.tells {
-                memory.now.told_count += 1;
-                memory.now.guest_total_bytes = Some(memory.now.plugged_bytes);
-            }
-        });
-        driver
-    }
-
-    fn resident_bytes(&self) -> u64 {
-        0
     }
 }
 

@@ -82,6 +82,8 @@ pub(super) enum Notice {
     },
     /// What the guest has of its memory changed, or it told of it; the machine tells what.
     Memory,
+    /// The host, which had refused more memory, may have it now.
+    HostMemory,
     /// The guest let go of the device at `bdf`, asked or not.
     Ejected {
         bdf: Bdf,
@@ -96,11 +98,12 @@ impl Notice {
             (Self::Power(request), Self::Power(other)) => request == other,
             (Self::DriverReady { unit, .. }, Self::DriverReady { unit: other, .. })
             | (Self::NeedsReset { unit, .. }, Self::NeedsReset { unit: other, .. }) => unit == other,
-            (Self::Memory, Self::Memory) => true,
+            (Self::Memory, Self::Memory) | (Self::HostMemory, Self::HostMemory) => true,
             (Self::Ejected { bdf, .. }, Self::Ejected { bdf: other, .. }) => bdf == other,
             (
                 Self::Power(_)
                 | Self::Memory
+                | Self::HostMemory
                 | Self::DriverReady { .. }
                 | Self::NeedsReset { .. }
                 | Self::Ejected { .. },
@@ -189,6 +192,11 @@ impl Mailbox {
     /// What the guest has of its memory changed, or it told of it.
     pub fn memory_changed(&self) {
         self.notice(Notice::Memory);
+    }
+
+    /// The host had refused more memory, and may have it now.
+    pub fn host_memory_freed(&self) {
+        self.notice(Notice::HostMemory);
     }
 
     /// A vCPU that was told to park stands still now.

@@ -1,21 +1,27 @@
 //! The memory of a machine on KVM: RAM, runtime memory, the two devices that change them, and what the host promised.
 //!
 //! The devices call [`Changes`] on the event loop and are locked meanwhile, so it only moves memory, notes what the
-//! guest told, and tells the mailbox; the supervisor then looks by [`MachineMemory::observe`].
+//! guest has and told, and tells the mailbox; the supervisor then looks by [`MachineMemory::observe`].
+//!
+//! A guest can keep its devices at work for long, for to unplug is to take memory out of the host's page tables. So
+//! the supervisor takes no lock of a device: what the guest has is in atomics, and what it is asked for is done by the
+//! event loop when it gets to it.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use serde_json::{Value, json};
 
 use crate::config::VmConfig;
+use crate::event_loop::LoopHandle;
 use crate::machine::memslots::Memslots;
-use crate::memory::host::{HostMemory, HostMemoryError, MemoryPromise};
+use crate::memory::host::{HostMemory, HostMemoryError, MemoryPromise, Promised};
 use crate::memory::region::{GuestRam, RamOptions};
 use crate::memory::runtime::RuntimeMemory;
-use crate::virtio::balloon::{Balloon, BalloonConfig, BalloonHost, BalloonStats};
-use crate::virtio::mem::{Mem, MemConfig, MemHost, PlugError};
-use crate::virtio::transport::VirtioPciDevice;
+use crate::virtio::balloon::{Balloon, BalloonConfig, BalloonHost, BalloonStats, TargetError};
+use crate::virtio::mem::{Mem, MemConfig, MemHost, PlugError, RequestedError};
+use crate::virtio::transport::{Driver, VirtioPciDevice};
 use crate::vm::mailbox::Mailbox;
 use crate::vm::memory::machine::{MachineMemory, Observed};
 use crate::vm::memory::plan::Plan;
@@ -27,14 +33,32 @@ pub(super) struct MemoryUnits {
     mem: Option<Arc<VirtioPciDevice>>,
     balloon: Option<Arc<VirtioPciDevice>>,
     promise: MemoryPromise,
+    event_loop: LoopHandle,
+    /// What the event loop has yet to ask of the guest.
+    asked: Arc<Mutex<Asked>>,
 }
 
 /// What devices do to memory, and what the guest told of it.
 pub(super) struct Changes {
     ram: Arc<GuestRam>,
     runtime: Option<Arc<RuntimeMemory>>,
+    huge_pages: bool,
     mailbox: Mailbox,
+    plugged_bytes: AtomicU64,
+    ballooned_bytes: AtomicU64,
+    /// The host refused what the guest tried to plug last.
+    plug_refused: AtomicBool,
     told: Mutex<Told>,
+    #[cfg(test)]
+    hints: Mutex<tests::Hints>,
+}
+
+/// What waits for the event loop, the later taking the place of the earlier.
+#[derive(Default)]
+struct Asked {
+    plan: Option<Plan>,
+    insists: bool,
+    total: bool,
 }
 
 #[derive(Default)]
@@ -51,23 +75,29 @@ impl MemoryUnits {
         ram: Arc<GuestRam>,
         runtime: Option<Arc<RuntimeMemory>>,
         mailbox: Mailbox,
+        event_loop: LoopHandle,
     ) -> Self {
         let changes = Arc::new(Changes {
             ram,
             runtime,
+            huge_pages: config.memory().huge_pages,
             mailbox,
+            plugged_bytes: AtomicU64::new(0),
+            ballooned_bytes: AtomicU64::new(0),
+            plug_refused: AtomicBool::new(false),
             told: Mutex::default(),
+            #[cfg(test)]
+            hints: Mutex::default(),
         });
         let memory = config.memory();
-        let resident = changes.clone();
-        let promise = host.promise(memory.startup_bytes, memory.huge_pages, move || {
-            resident.resident_bytes()
-        });
+        let promise = host.promise(memory.startup_bytes, memory.huge_pages, changes.clone());
         Self {
             changes,
             mem: None,
             balloon: None,
             promise,
+            event_loop,
+            asked: Arc::default(),
         }
     }
 
@@ -83,6 +113,7 @@ impl MemoryUnits {
             address: runtime.base(),
             region_bytes: runtime.size_bytes(),
             ram_bytes: self.changes.ram.size_bytes(),
+            slot_bytes: runtime.slot_bytes(),
         };
         Ok(Some(Mem::new(config, self.changes.clone())?))
     }
@@ -140,6 +171,7 @@ impl MemoryUnits {
             return Err(io::Error::other(error));
         }
         *self.changes.told() = Told::default();
+        self.changes.plug_refused.store(false, Ordering::Release);
         self.changes.ram.clear()?;
         self.changes
             .runtime
@@ -172,26 +204,28 @@ pub(super) fn new_runtime(
 
 impl MachineMemory for MemoryUnits {
     fn observe(&self) -> Observed {
-        let mem = self.mem.as_ref();
-        let balloon = self.balloon.as_ref();
-        let (guest_total_bytes, told_count) = {
-            let told = self.changes.told();
-            (told.total_bytes, told.count)
+        let driver = |device: &Option<Arc<VirtioPciDevice>>| {
+            device.as_ref().map_or(Driver::Absent, |device| device.driver())
         };
-        let plugged_bytes = mem.and_then(|mem| mem.with_device(|mem: &mut Mem| mem.plugged_bytes()));
-        let ballooned_bytes = balloon
-            .and_then(|balloon| balloon.with_device(|balloon: &mut Balloon| balloon.ballooned_bytes()));
+        let balloon_driver = driver(&self.balloon) != Driver::Absent;
+        let changes = &self.changes;
+        let (guest_total_bytes, told_count) = {
+            let told = changes.told();
+            (told.total_bytes.filter(|_| balloon_driver), told.count)
+        };
         Observed {
-            plugged_bytes: plugged_bytes.unwrap_or(0),
-            ballooned_bytes: ballooned_bytes.unwrap_or(0),
-            mem_driver: mem.is_some_and(|mem| mem.driver_ready()),
-            balloon_driver: balloon.is_some_and(|balloon| balloon.driver_ready()),
+            plugged_bytes: changes.plugged_bytes.load(Ordering::Acquire),
+            ballooned_bytes: changes.ballooned_bytes.load(Ordering::Acquire),
+            mem_driver: driver(&self.mem) != Driver::Absent,
+            balloon_driver,
+            plug_refused: changes.plug_refused.load(Ordering::Acquire),
             guest_total_bytes,
             told_count,
         }
     }
 
     fn promise(&self, bytes: u64, unchecked: bool) -> Result<(), HostMemoryError> {
+        let bytes = self.changes.cost_bytes(bytes);
         if unchecked {
             self.promise.set(bytes);
             return Ok(());
@@ -199,25 +233,25 @@ impl MachineMemory for MemoryUnits {
         self.promise.raise(bytes)
     }
 
-    fn request(&self, plan: &Plan) {
-        let plugged = self.mem.as_ref();
-        let plugged =
-            plugged.and_then(|mem| mem.with_device(|mem: &mut Mem| mem.set_requested(plan.plugged_bytes)));
-        if let Some(Err(error)) = plugged {
-            log::error!("the memory device: {error}");
+    fn request(&self, plan: &Plan, insists: bool) {
+        if insists {
+            self.changes.plug_refused.store(false, Ordering::Release);
         }
-        let ballooned = self.balloon.as_ref();
-        let ballooned = ballooned.and_then(|balloon| {
-            balloon.with_device(|balloon: &mut Balloon| balloon.set_target(plan.ballooned_bytes))
+        self.ask(|asked| {
+            asked.plan = Some(*plan);
+            asked.insists |= insists;
         });
-        if let Some(Err(error)) = ballooned {
-            log::error!("the balloon: {error}");
-        }
     }
 
     fn ask_guest_total(&self) -> bool {
-        let balloon = self.balloon.as_ref();
-        balloon.and_then(|balloon| balloon.with_device(Balloon::request_stats)) == Some(true)
+        let has_driver = self
+            .balloon
+            .as_ref()
+            .is_some_and(|balloon| balloon.driver_ready());
+        if has_driver {
+            self.ask(|asked| asked.total = true);
+        }
+        has_driver
     }
 
     fn resident_bytes(&self) -> u64 {
@@ -225,9 +259,89 @@ impl MachineMemory for MemoryUnits {
     }
 }
 
+impl MemoryUnits {
+    /// Has the event loop ask the guest for something more. It asks for all at once when it gets to it.
+    fn ask(&self, more: impl FnOnce(&mut Asked)) {
+        {
+            let mut asked = lock(&self.asked);
+            let waits = asked.plan.is_some() || asked.total;
+            more(&mut asked);
+            if waits {
+                return;
+            }
+        }
+        // Whoever is asked on the loop is not kept by it: what waits there goes with the machine.
+        let (asked, mem, balloon) = (self.asked.clone(), weak(&self.mem), weak(&self.balloon));
+        let job = move || {
+            let now = std::mem::take(&mut *lock(&asked));
+            now.put(mem.upgrade().as_deref(), balloon.upgrade().as_deref());
+        };
+        // A loop that has ended has a guest that is about to.
+        let _ = self.event_loop.run_once(job);
+    }
+}
+
+impl Asked {
+    /// Asks the devices, on their event loop.
+    fn put(self, mem: Option<&VirtioPciDevice>, balloon: Option<&VirtioPciDevice>) {
+        let Self { plan, insists, total } = self;
+        if let Some((plan, mem)) = plan.zip(mem) {
+            let plugged = mem.with_device(|mem: &mut Mem| {
+                mem.set_requested(plan.plugged_bytes)?;
+                if insists {
+                    mem.remind();
+                }
+                Ok::<_, RequestedError>(())
+            });
+            if let Some(Err(error)) = plugged {
+                log::error!("the memory device: {error}");
+            }
+        }
+        let Some(balloon) = balloon else { return };
+        let ballooned = plan.and_then(|plan| {
+            balloon.with_device(|balloon: &mut Balloon| {
+                balloon.set_target(plan.ballooned_bytes)?;
+                if insists {
+                    balloon.remind();
+                }
+                Ok::<_, TargetError>(())
+            })
+        });
+        if let Some(Err(error)) = ballooned {
+            log::error!("the balloon: {error}");
+        }
+        if total {
+            balloon.ask_device(Balloon::request_stats);
+        }
+    }
+}
+
+fn lock(asked: &Mutex<Asked>) -> MutexGuard<'_, Asked> {
+    asked.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn weak(device: &Option<Arc<VirtioPciDevice>>) -> Weak<VirtioPciDevice> {
+    device.as_ref().map(Arc::downgrade).unwrap_or_default()
+}
+
 impl Changes {
     fn told(&self) -> MutexGuard<'_, Told> {
         self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What it takes of the host to give the guest `bytes`. Huge pages are reserved for all of a slot when it is mapped,
+    /// and the balloon gives none of them back.
+    fn cost_bytes(&self, bytes: u64) -> u64 {
+        let Some(runtime) = self.runtime.as_ref().filter(|_| self.huge_pages) else {
+            return if self.huge_pages {
+                bytes.max(self.ram.size_bytes())
+            } else {
+                bytes
+            };
+        };
+        let above_bytes = bytes.saturating_sub(self.ram.size_bytes());
+        let slots_bytes = above_bytes.next_multiple_of(runtime.slot_bytes());
+        self.ram.size_bytes() + slots_bytes.min(runtime.size_bytes()).max(runtime.live_bytes())
     }
 
     fn resident_bytes(&self) -> u64 {
@@ -238,17 +352,31 @@ impl Changes {
     }
 }
 
+impl Promised for Changes {
+    fn taken_bytes(&self) -> u64 {
+        if !self.huge_pages {
+            return self.resident_bytes();
+        }
+        let runtime = self.runtime.as_ref();
+        self.ram.size_bytes() + runtime.map_or(0, |runtime| runtime.live_bytes())
+    }
+
+    fn may_ask_again(&self) {
+        self.mailbox.host_memory_freed();
+    }
+}
+
 impl MemHost for Changes {
     fn plug(&self, offset: u64, length_bytes: u64) -> Result<(), PlugError> {
         let Some(runtime) = &self.runtime else {
             return Ok(());
         };
-        runtime
-            .plug(offset, length_bytes)
-            .map_err(|error| PlugError::Host {
-                what: "to plug blocks",
-                source: io::Error::other(error),
-            })
+        let plugged = runtime.plug(offset, length_bytes);
+        self.plug_refused.store(plugged.is_err(), Ordering::Release);
+        plugged.map_err(|error| PlugError::Host {
+            what: "to plug blocks",
+            source: io::Error::other(error),
+        })
     }
 
     fn unplug(&self, offset: u64, length_bytes: u64) -> Result<(), PlugError> {
@@ -262,7 +390,8 @@ impl MemHost for Changes {
         Ok(())
     }
 
-    fn changed(&self, _plugged_bytes: u64) {
+    fn changed(&self, plugged_bytes: u64) {
+        self.plugged_bytes.store(plugged_bytes, Ordering::Release);
         self.mailbox.memory_changed();
     }
 }
@@ -276,7 +405,8 @@ impl BalloonHost for Changes {
         }
     }
 
-    fn changed(&self, _ballooned_bytes: u64) {
+    fn changed(&self, ballooned_bytes: u64) {
+        self.ballooned_bytes.store(ballooned_bytes, Ordering::Release);
         self.mailbox.memory_changed();
     }
 
@@ -289,8 +419,23 @@ impl BalloonHost for Changes {
         self.mailbox.memory_changed();
     }
 
-    // Free page hints are for those who copy memory while it changes; nobody starts a round.
+    // Free page hints are for those who copy memory while it changes; only a test starts a round.
+    #[cfg(not(test))]
     fn hinted(&self, _address: u64, _length_bytes: u64) {}
 
+    #[cfg(not(test))]
     fn hinting_done(&self) {}
+
+    #[cfg(test)]
+    fn hinted(&self, _address: u64, length_bytes: u64) {
+        self.note_hints(|hints| hints.hinted_bytes += length_bytes);
+    }
+
+    #[cfg(test)]
+    fn hinting_done(&self) {
+        self.note_hints(|hints| hints.completed_count += 1);
+    }
 }
+
+#[cfg(test)]
+mod tests;

@@ -228,6 +228,7 @@ impl Supervisor {
         match notice {
             Notice::Power(request) => power::guest_request(self, request),
             Notice::Memory => memory::look(self),
+            Notice::HostMemory => memory::host_freed(self),
             Notice::DriverReady { unit, ready } => {
                 nic::driver_ready(self, &unit, ready);
                 self.tell_of_guest(EventKind::DriverReady { unit, ready });

@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use harness::artefacts::{Flavour, GuestKernel, PORT_NAME};
 use harness::guest_shell::GuestShell;
 use harness::tap::Tap;
+use harness::wait::wait_for;
 
 use super::builder::KvmPlatform;
 use super::host::{HostDevices, HostPort};
@@ -384,4 +385,43 @@ fn a_guest_with_one_cpu_goes_on_in_another_machine() {
 #[ignore = "needs KVM that runs a stock kernel"]
 fn a_guest_with_two_cpus_goes_on_in_another_machine() {
     goes_on(2);
+}
+
+fn free_kib(shell: &mut GuestShell) -> u64 {
+    let free = ask(shell, "awk '/^MemFree:/ { print $2 }' /proc/meminfo");
+    free.parse().expect("a number")
+}
+
+#[test]
+#[ignore = "needs KVM that runs a stock kernel"]
+fn a_guest_hints_at_what_it_has_free_and_uses_it_again() {
+    let kernel = GuestKernel::find(Flavour::Cloud).expect("the guests were made");
+    let config = VmConfig::builder("hints", &kernel.elf)
+        .initrd(&kernel.initramfs)
+        .cmdline("console=ttyS0 quiet loglevel=3 panic=-1 harness.modules=all")
+        .startup_bytes(RAM_BYTES);
+    let host = TestHost::default();
+    let bench = Bench::build(&config.build().expect("the configuration is valid"), &host);
+    bench.run();
+    let mut shell = GuestShell::connect(host.stream(), WITHIN).expect("the guest boots");
+    let free = free_kib(&mut shell);
+    let memory = &bench.machine.memory;
+    assert!(memory.begin_hints(), "Debian's driver has hints");
+    let hints = wait_for(WITHIN, "the guest's hints", || {
+        Some(memory.hints()).filter(|hints| hints.completed_count > 0)
+    });
+    let hints = hints.expect("the guest hints");
+    assert!(
+        hints.hinted_bytes / 1024 >= free / 2,
+        "{hints:?} of {free} KiB that were free"
+    );
+    memory.end_hints();
+    let free_again = format!(
+        "[ $(awk '/^MemFree:/ {{ print $2 }}' /proc/meminfo) -ge {} ]",
+        free / 10 * 9
+    );
+    shell
+        .wait_until(&free_again, WITHIN)
+        .expect("what was hinted at is the guest's again");
+    assert_eq!(memory.hints().completed_count, 1);
 }

@@ -4,6 +4,8 @@ use libtest_mimic::Failed;
 use vm_lifecycle::config::DiskSpec;
 use vm_lifecycle::event::EventKind;
 use vm_lifecycle::state::State;
+use vm_lifecycle::vm::memory::ResizeOptions;
+use vm_lifecycle::vm::operation::Ended;
 
 use crate::Body;
 use crate::guest::{CMDLINE, Guest, WITHIN, done, small};
@@ -17,26 +19,36 @@ pub fn trials() -> Vec<Body> {
     )]
 }
 
-/// The disk's slot: the first for devices of the user's choice.
-const DISK: &str = "0000:00:08.0";
+/// The slots of the memory device, the balloon and the disk, which is the first of the user's choice.
+const POKED: [&str; 3] = ["0000:00:03.0", "0000:00:04.0", "0000:00:08.0"];
 
 fn nonsense_everywhere_harms_nobody_else() -> Result<(), Failed> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("disk.img");
     std::fs::write(&path, vec![7; 1 << 20])?;
     let (neighbour, mut neighbours_shell) = Guest::boot(small("neighbour")?)?;
-    // Without the last word the kernel keeps its user away from what its drivers have claimed.
+    // With the last word the kernel lets its user touch what its drivers have claimed.
     let builder = small("hostile")?
-        .cmdline(format!("{CMDLINE} iomem=relaxed"))
+        .cmdline(format!(
+            "{CMDLINE} memhp_default_state=online_movable iomem=relaxed"
+        ))
+        .maximum_bytes(512 << 20)
         .disk(DiskSpec::new("data", &path));
     let (guest, mut shell) = Guest::boot(builder)?;
     shell.succeed("mknod /dev/port c 1 4; mknod /dev/mem c 1 1; test -c /dev/mem")?;
 
     poke_platform(&mut shell)?;
-    poke_disk(&mut shell)?;
-    shell.succeed(&format!(
-        "echo 1 >/sys/bus/pci/devices/{DISK}/reset 2>/dev/null; true"
-    ))?;
+    for bdf in POKED {
+        poke_device(&mut shell, bdf)?;
+        shell.succeed(&format!(
+            "echo 1 >/sys/bus/pci/devices/{bdf}/reset 2>/dev/null; true"
+        ))?;
+    }
+    let memory = guest.vm.memory()?;
+    assert_eq!(
+        (memory.requested_bytes, memory.assigned_bytes),
+        (256 << 20, 256 << 20)
+    );
     assert_eq!(shell.succeed("echo alive")?, "alive");
     assert_eq!(neighbours_shell.succeed("echo alive")?, "alive");
     assert_eq!(
@@ -51,12 +63,20 @@ fn nonsense_everywhere_harms_nobody_else() -> Result<(), Failed> {
         crate::guest::BOOT_WITHIN,
     )?;
     assert_eq!(found.text.trim(), "0");
+    let grown = guest.vm.resize_memory(512 << 20, ResizeOptions::default())?;
+    assert!(
+        grown.wait(WITHIN).is_some_and(|outcome| outcome.is_done()),
+        "{grown:?}"
+    );
     done(neighbour.vm.shut_down(WITHIN))?;
     let told = std::iter::from_fn(|| guest.events.next(std::time::Duration::ZERO));
     let complaints = told
         .filter(|event| matches!(event.kind, EventKind::DeviceNeedsReset { .. }))
         .count();
-    assert!(complaints > 0, "no device asked for a reset");
+    assert!(
+        complaints >= POKED.len(),
+        "{complaints} times a device asked for a reset"
+    );
     Ok(())
 }
 
@@ -90,15 +110,15 @@ fn poke_platform(shell: &mut GuestShell) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Nonsense into the disk's registers and its configuration space.
-fn poke_disk(shell: &mut GuestShell) -> Result<(), Failed> {
-    // The disk's registers and configuration space, without its driver.
-    shell.succeed(&format!("echo {DISK} >/sys/bus/pci/devices/{DISK}/driver/unbind"))?;
+/// Nonsense into a device's registers and its configuration space.
+fn poke_device(shell: &mut GuestShell, bdf: &str) -> Result<(), Failed> {
+    // Without its driver.
+    shell.succeed(&format!("echo {bdf} >/sys/bus/pci/devices/{bdf}/driver/unbind"))?;
     let bar = shell.succeed(&format!(
-        "head -n 1 /sys/bus/pci/devices/{DISK}/resource | cut -d ' ' -f 1"
+        "head -n 1 /sys/bus/pci/devices/{bdf}/resource | cut -d ' ' -f 1"
     ))?;
     shell.succeed(&format!(
-        "echo 1 >/sys/bus/pci/devices/{DISK}/enable; for round in 1 2 3; do \
+        "echo 1 >/sys/bus/pci/devices/{bdf}/enable; for round in 1 2 3; do \
          for o in $(seq 0 4 60) 4096 8192 8200 12288 12292 12300 $(seq 16384 4 16448) 20480 32764; do \
          v=$(od -An -N4 -tu4 /dev/urandom); for w in 8 16 32; do \
          devmem $(({bar} + o)) $w $((v % (1 << w))); devmem $(({bar} + o)) $w >/dev/null; done; done; \
@@ -112,8 +132,8 @@ fn poke_disk(shell: &mut GuestShell) -> Result<(), Failed> {
          w 52 32 0xffff; w 28 16 1; w 20 8 15; s=$(devmem $(({bar} + 20)) 8); [ $((s & 64)) = 64 ]"
     ))?;
     shell.succeed(&format!(
-        "for round in $(seq 20); do dd if=/dev/urandom of=/sys/bus/pci/devices/{DISK}/config bs=64 count=4 \
-         conv=notrunc 2>/dev/null; od /sys/bus/pci/devices/{DISK}/config >/dev/null; done; true"
+        "for round in $(seq 20); do dd if=/dev/urandom of=/sys/bus/pci/devices/{bdf}/config bs=64 count=4 \
+         conv=notrunc 2>/dev/null; od /sys/bus/pci/devices/{bdf}/config >/dev/null; done; true"
     ))?;
     Ok(())
 }

@@ -5,13 +5,17 @@ use std::fs;
 use libtest_mimic::Failed;
 use vm_lifecycle::config::VmConfigBuilder;
 use vm_lifecycle::vm::host::KvmPlatform;
+use vm_lifecycle::vm::memory::ResizeOptions;
+use vm_lifecycle::vm::operation::Ended;
 use vm_lifecycle::vm::{CreateError, Vm};
 
 use crate::Body;
-use crate::guest::{BOOT_WITHIN, Guest, TestHost, done, small};
+use crate::guest::{BOOT_WITHIN, CMDLINE, Guest, TestHost, done, small};
 
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
 const RAM_BYTES: u64 = 128 << 20;
+/// What is plugged is shown to the guest in slots of this size.
+const SLOT_BYTES: u64 = 128 << 20;
 const PAGE_COUNT: u64 = RAM_BYTES >> 21;
 
 /// The trials of this file.
@@ -62,7 +66,11 @@ impl Drop for Pool {
 }
 
 fn huge(name: &str) -> Result<VmConfigBuilder, Failed> {
-    Ok(small(name)?.startup_bytes(RAM_BYTES).huge_pages(true))
+    Ok(small(name)?
+        .cmdline(format!("{CMDLINE} memhp_default_state=online_movable"))
+        .startup_bytes(RAM_BYTES)
+        .maximum_bytes(RAM_BYTES + 2 * SLOT_BYTES)
+        .huge_pages(true))
 }
 
 /// Tries to make a VM and tells why there is none.
@@ -100,7 +108,36 @@ fn a_pool_is_used_given_back_and_never_overdrawn() -> Result<(), Failed> {
         "head -c 40000000 /dev/urandom >/tmp/file && md5sum /tmp/file >/tmp/sum && md5sum -c /tmp/sum",
     )?;
 
+    let _more = Pool::grow(SLOT_BYTES >> 21)?;
+    grow_from_the_pool(&guest)?;
     done(guest.vm.power_off())?;
-    assert_eq!(Pool::available()?, free, "everything is given back");
+    assert_eq!(
+        Pool::available()?,
+        free + (SLOT_BYTES >> 21),
+        "everything is given back"
+    );
+    Ok(())
+}
+
+/// A slot takes its pages when its first block is plugged; what the pool does not have is refused up front.
+fn grow_from_the_pool(guest: &Guest) -> Result<(), Failed> {
+    let free = Pool::available()?;
+    let reach = |target| -> Result<(), Failed> {
+        let operation = guest.vm.resize_memory(target, ResizeOptions::default())?;
+        match operation.wait(BOOT_WITHIN) {
+            Some(outcome) if outcome.is_done() => Ok(()),
+            outcome => Err(format!("{outcome:?}").into()),
+        }
+    };
+    reach(RAM_BYTES + (2 << 20))?;
+    assert_eq!(Pool::available()?, free - (SLOT_BYTES >> 21), "a slot is whole");
+    reach(RAM_BYTES + SLOT_BYTES)?;
+    let refused = guest
+        .vm
+        .resize_memory(RAM_BYTES + SLOT_BYTES + (2 << 20), ResizeOptions::default());
+    let refused = refused.err().map(|error| error.reason());
+    assert_eq!(refused, Some("host"), "the pool has no second slot");
+    reach(RAM_BYTES)?;
+    assert_eq!(Pool::available()?, free, "the slot is given back");
     Ok(())
 }

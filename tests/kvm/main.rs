@@ -21,6 +21,8 @@ mod journal;
 mod labels;
 mod lifecycle;
 mod memory;
+mod memory_host;
+mod memory_refusals;
 mod net;
 mod nic;
 mod nic_cycles;
@@ -49,6 +51,8 @@ fn main() -> ExitCode {
         lifecycle::trials(),
         block::trials(),
         net::trials(),
+        memory_refusals::trials(),
+        memory_host::trials(),
         memory::trials(),
         hotplug::trials(),
         nic::trials(),

@@ -1,6 +1,7 @@
 //! The example programs, as their users run them.
 
 use std::fs;
+use std::io::Write;
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -212,6 +213,17 @@ fn vmm_resizes_memory() -> Result<(), Failed> {
         "{memory}"
     );
     assert_eq!(vmm.accept("memory 192M 180")?["reached"], mib(192));
+    // Too short a time for anything.
+    let late = vmm.ask("memory 1G 0")?;
+    assert_eq!(late["ok"], false, "{late}");
+    assert_eq!(late["requested"], mib(1024), "{late}");
+    assert!(
+        late["reached"].as_u64().is_some_and(|reached| reached < 1 << 30)
+            && ["deadline", "guest-refused"].contains(&late["reason"].as_str().unwrap_or_default())
+            && late["error"].is_string(),
+        "{late}"
+    );
+    assert_eq!(vmm.accept("memory 192M 180")?["reached"], mib(192));
     let refused = vmm.ask("memory 64M")?;
     assert_eq!(
         (&refused["ok"], &refused["reason"]),
@@ -222,15 +234,37 @@ fn vmm_resizes_memory() -> Result<(), Failed> {
         (&mib(64), &mib(192))
     );
     assert_eq!(refused["error"], "target 64 MiB is below the floor 104 MiB");
+    nobody_waits_with_memory(&mut vmm)?;
+    let stored = vmm.accept("memory 192M")?;
+    assert_eq!(
+        (&stored["reason"], &stored["reached"]),
+        (&"stored".into(), &0.into())
+    );
     vmm.accept("quit")?;
     assert!(vmm.child.wait()?.success());
     let count = |name: &str| vmm.events.iter().filter(|event| event["event"] == name).count();
-    assert_eq!(count("memory-settled"), 2);
+    assert!(count("memory-settled") >= 5, "{:?}", vmm.events);
     assert!(count("memory-progress") >= 2, "{:?}", vmm.events);
     // The size is a setting of the VM.
     let mut vmm = Vmm::start(&["--state-dir", &places.path("vm")])?;
     assert_eq!(vmm.accept("status")?["memory"]["requested"], mib(192));
     vmm.accept("quit")?;
+    Ok(())
+}
+
+/// While a guest that stands still is waited for, another size and the power cut take effect; replies keep their order.
+fn nobody_waits_with_memory(vmm: &mut Vmm) -> Result<(), Failed> {
+    vmm.accept("pause")?;
+    let waiting = ["memory 512M 600", "memory 1G 600", "status", "power-off"];
+    for command in waiting {
+        writeln!(vmm.input, "{command}")?;
+    }
+    let replies = waiting.map(|command| vmm.reply(command));
+    let [first, second, status, off] = replies;
+    assert_eq!(first?["reason"], "withdrawn");
+    assert_eq!(second?["reason"], "guest-ended");
+    assert_eq!(status?["state"], "off");
+    assert_eq!(off?["ok"], true);
     Ok(())
 }
 

@@ -54,6 +54,11 @@ impl Vmm {
     /// Sends `command` and returns its reply; events that come before it are kept.
     pub fn ask(&mut self, command: &str) -> Result<Value, Failed> {
         writeln!(self.input, "{command}")?;
+        self.reply(command)
+    }
+
+    /// The next reply, which must be that to `command`.
+    pub fn reply(&mut self, command: &str) -> Result<Value, Failed> {
         loop {
             let mut line = String::new();
             if self.output.read_line(&mut line)? == 0 {

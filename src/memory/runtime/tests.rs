@@ -47,6 +47,29 @@ impl Rig {
 }
 
 #[test]
+fn what_it_costs_is_told_while_slots_come_and_go() {
+    let rig = rig(4 * SLOT, 8);
+    rig.runtime.plug(0, BLOCK).expect("it is in the region");
+    rig.write(0);
+    let _busy = rig.runtime.slots();
+    assert!(rig.resident_bytes() > 0);
+    assert_eq!(rig.runtime.live_bytes(), SLOT);
+}
+
+#[test]
+fn a_slot_that_the_host_does_not_delete_stays_mapped() {
+    let rig = rig(4 * SLOT, 8);
+    rig.runtime.plug(0, BLOCK).expect("it is in the region");
+    let mapping = Arc::downgrade(&rig.runtime.slots().live[&0].region);
+    rig.vm.refuse_deletes(true);
+    rig.runtime
+        .unplug(0, BLOCK)
+        .expect("the pages go back all the same");
+    assert!(mapping.strong_count() > 0, "the guest still reaches it");
+    assert_eq!((rig.runtime.live_bytes(), rig.reached(0)), (0, false));
+}
+
+#[test]
 fn a_slot_is_there_while_any_block_in_it_is_plugged() {
     let rig = rig(4 * SLOT, 8);
     assert_eq!(rig.runtime.base(), HIGH_RAM_START);

@@ -175,6 +175,13 @@ impl Balloon {
         Ok(())
     }
 
+    /// Tells the driver again, if what is in the balloon is not the target: one that could not obey tries anew.
+    pub fn remind(&self) {
+        if self.ballooned_bytes() != self.target_bytes() {
+            self.signal_config();
+        }
+    }
+
     /// The target in bytes.
     pub fn target_bytes(&self) -> u64 {
         u64::from(self.target_pages) * PAGE_BYTES
@@ -399,7 +406,9 @@ impl VirtioDevice for Balloon {
     }
 
     fn restore(&mut self, state: &Value) -> Result<(), RestoreError> {
-        BalloonV1::deserialize(state)?.apply(self)
+        let restored = BalloonV1::deserialize(state)?.apply(self);
+        self.host.changed(self.ballooned_bytes());
+        restored
     }
 
     fn inspect(&self) -> Value {

@@ -17,7 +17,7 @@ pub trait BalloonHost: Send + Sync {
     /// The host's error; the pages do not count as ballooned then, and the guest is told nothing.
     fn discard(&self, address: u64, length_bytes: u64) -> io::Result<()>;
 
-    /// The balloon holds `ballooned_bytes` now. Never blocks.
+    /// The balloon holds `ballooned_bytes` now, by the guest, a reset or a restore. Never blocks.
     fn changed(&self, ballooned_bytes: u64);
 
     /// The guest's statistics arrived: at driver start and after each `Balloon::request_stats`. Never blocks.

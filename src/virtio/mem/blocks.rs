@@ -51,7 +51,20 @@ impl Blocks {
 
     /// The number of plugged blocks in `range`.
     pub(super) fn plugged_in(&self, range: Range<u64>) -> u64 {
-        range.filter(|block| self.is_plugged(*block)).count() as u64
+        let end = range.end.min(self.block_count);
+        let words = range.start / 64..end.div_ceil(64);
+        let count = |index: u64| {
+            let word = self.words.get(index as usize).copied().unwrap_or(0);
+            let first = index * 64;
+            let below = u64::MAX << range.start.saturating_sub(first).min(63);
+            let above = u64::MAX >> (first + 64).saturating_sub(end).min(63);
+            u64::from((word & below & above).count_ones())
+        };
+        if range.start >= end {
+            0
+        } else {
+            words.map(count).sum()
+        }
     }
 
     /// Plugs or unplugs every block of `range`.

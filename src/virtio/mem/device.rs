@@ -81,6 +81,15 @@ impl Mem {
         Ok(())
     }
 
+    /// Tells the driver again, if what is plugged is not what is requested: one that could not obey tries anew.
+    pub fn remind(&self) {
+        if self.plugged_bytes() != self.requested_bytes()
+            && let Some(interrupt) = &self.interrupt
+        {
+            interrupt.signal_config();
+        }
+    }
+
     /// What is requested, in bytes.
     pub fn requested_bytes(&self) -> u64 {
         self.region.requested_bytes()
@@ -97,12 +106,17 @@ impl Mem {
     }
 
     /// The whole VM is reset: unplugs everything and keeps what is requested, which the guest plugs again when it is
-    /// up. Called after `Unit::reset`, before any vCPU runs. [`MemHost::changed`] is not called.
+    /// up. Called after `Unit::reset`, before any vCPU runs.
     ///
     /// # Errors
     /// [`PlugError`] when the host does not take the blocks back; they are plugged still.
     pub fn power_on(&mut self) -> Result<(), PlugError> {
-        self.region.empty()
+        let before = self.region.plugged_bytes();
+        self.region.empty()?;
+        if before != 0 {
+            self.host.changed(0);
+        }
+        Ok(())
     }
 
     /// Serves the queue and reports what changed, also when the driver broke the rules on the way.
@@ -176,6 +190,7 @@ impl VirtioDevice for Mem {
             address,
             region_bytes,
             ram_bytes: _,
+            slot_bytes: _,
         } = self.region.config();
         // struct virtio_mem_config (§5.15.4); node_id and padding are zero.
         let fields = [
@@ -244,7 +259,9 @@ impl VirtioDevice for Mem {
     }
 
     fn restore(&mut self, state: &Value) -> Result<(), RestoreError> {
-        MemV1::deserialize(state)?.apply(&mut self.region)
+        let restored = MemV1::deserialize(state)?.apply(&mut self.region);
+        self.host.changed(self.region.plugged_bytes());
+        restored
     }
 
     fn inspect(&self) -> Value {

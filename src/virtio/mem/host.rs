@@ -23,7 +23,7 @@ pub trait MemHost: Send + Sync {
     /// again; their content may be lost, as the driver gave them up.
     fn unplug(&self, offset: u64, length_bytes: u64) -> Result<(), PlugError>;
 
-    /// The guest changed what is plugged: it is `plugged_bytes` now. Never blocks.
+    /// What is plugged may have changed, by the guest, a reset or a restore: it is `plugged_bytes` now. Never blocks.
     fn changed(&self, plugged_bytes: u64);
 }
 

@@ -95,6 +95,7 @@ fn amounts_and_regions_out_of_range_are_refused_with_the_limit() {
             address,
             region_bytes,
             ram_bytes: 1 << 30,
+            slot_bytes: REGION_ALIGN_BYTES,
         };
         let made = Mem::new(config, Arc::new(Host::default()));
         assert!(

@@ -34,6 +34,8 @@ pub struct MemConfig {
     pub region_bytes: u64,
     /// The start-up RAM in bytes, from which Linux derives the size of its memory blocks.
     pub ram_bytes: u64,
+    /// The host shows the guest the region in slots of this size, each as a whole while a block in it is plugged.
+    pub slot_bytes: u64,
 }
 
 /// Why a memory device cannot be made.
@@ -99,6 +101,7 @@ impl Region {
             address,
             region_bytes,
             ram_bytes: _,
+            slot_bytes: _,
         } = config;
         let aligned = (address | region_bytes).is_multiple_of(REGION_ALIGN_BYTES);
         let sized = (REGION_ALIGN_BYTES..=REGION_BYTES_MAX).contains(&region_bytes);
@@ -170,13 +173,10 @@ impl Region {
         let MemConfig {
             address,
             region_bytes,
-            ram_bytes,
+            ram_bytes: _,
+            slot_bytes: _,
         } = self.config;
-        let memory_block_bytes = if ram_bytes < LARGE_RAM_BYTES {
-            REGION_ALIGN_BYTES
-        } else {
-            LARGE_MEMORY_BLOCK_BYTES
-        };
+        let memory_block_bytes = self.memory_block_bytes();
         // An address near the end of the address space makes everything usable.
         let end = address
             .checked_next_multiple_of(memory_block_bytes)
@@ -187,7 +187,38 @@ impl Region {
         (end - address).min(region_bytes)
     }
 
-    /// PLUG (§5.15.6.1): more than requested is refused with NACK, what the host has no room for with BUSY.
+    /// The largest memory block that Linux uses with this RAM.
+    fn memory_block_bytes(&self) -> u64 {
+        if self.config.ram_bytes < LARGE_RAM_BYTES {
+            REGION_ALIGN_BYTES
+        } else {
+            LARGE_MEMORY_BLOCK_BYTES
+        }
+    }
+
+    /// Whether plugging `range`, in which nothing is plugged, would show the guest more of the region than belongs to
+    /// what is requested: a slot is shown as a whole, so blocks strewn over all slots would show all of it. Linux
+    /// fills the memory blocks that it uses before it begins the next, and needs one more at most.
+    fn shows_too_much(&self, range: &Range<u64>) -> bool {
+        let part_bytes = self.config.slot_bytes.max(self.memory_block_bytes());
+        let part_blocks = part_bytes / BLOCK_BYTES;
+        let is_live = |part: &u64| {
+            self.blocks
+                .plugged_in(part * part_blocks..(part + 1) * part_blocks)
+                != 0
+        };
+        let parts = range.start / part_blocks..range.end.div_ceil(part_blocks);
+        let fresh_count = parts.filter(|part| !is_live(part)).count() as u64;
+        if fresh_count == 0 {
+            return false;
+        }
+        let part_count = (self.config.region_bytes / BLOCK_BYTES).div_ceil(part_blocks);
+        let live_count = (0..part_count).filter(is_live).count() as u64;
+        live_count + fresh_count > self.requested_bytes.div_ceil(part_bytes) + 1
+    }
+
+    /// PLUG (§5.15.6.1): more than requested is refused with NACK; with BUSY what the host has no room for, and what is
+    /// strewn too widely, which a driver may try again when it has filled what it has.
     pub(super) fn plug(&mut self, address: u64, block_count: u16, log: &GuestLog) -> Response {
         let Some(range) = self.range(address, block_count) else {
             return Response::Error;
@@ -198,6 +229,12 @@ impl Region {
         let (offset, length_bytes) = bytes(&range);
         if self.plugged_bytes() + length_bytes > self.requested_bytes {
             return Response::Nack;
+        }
+        if self.shows_too_much(&range) {
+            log.warn(format_args!(
+                "{length_bytes} bytes at {address:#x} would be strewn too widely"
+            ));
+            return Response::Busy;
         }
         if let Err(error) = self.host.plug(offset, length_bytes) {
             return busy(log, "plugged", length_bytes, &error);

@@ -27,6 +27,7 @@ impl MemV1 {
             region_bytes,
             // The restored guest has the RAM it was saved with.
             ram_bytes: _,
+            slot_bytes: _,
         } = region.config();
         Self {
             address,

@@ -98,6 +98,7 @@ pub(super) fn device(host: &Host) -> Mem {
         address: ADDRESS,
         region_bytes: REGION_BYTES,
         ram_bytes: 1 << 30,
+        slot_bytes: REGION_ALIGN_BYTES,
     };
     Mem::new(config, Arc::new(host.clone())).expect("a good region")
 }
@@ -279,6 +280,7 @@ fn a_large_guest_gets_room_for_its_large_memory_blocks() {
         address: (65 << 30) + REGION_ALIGN_BYTES,
         region_bytes: 64 << 30,
         ram_bytes: 64 << 30,
+        slot_bytes: REGION_ALIGN_BYTES,
     };
     let mut device = Mem::new(config, Arc::new(Host::default())).expect("a good region");
     device.set_requested(1 << 30).expect("a good amount");
@@ -302,6 +304,41 @@ fn a_host_that_refuses_makes_the_driver_wait() {
     host.books(|books| books.stuck = false);
     assert_eq!(ask(&mut driver, UNPLUG, 0, 4), ACK);
     assert_eq!(host.books(|books| books.changes.clone()), [8 * MIB, 0]);
+}
+
+#[test]
+fn blocks_strewn_over_the_region_show_little_more_than_was_granted() {
+    let (mut driver, host) = start(REGION_BYTES);
+    let slot = REGION_ALIGN_BYTES / BLOCK_BYTES;
+    // Linux fills one after the other, from either end.
+    for part in [0, 1, 7, 6] {
+        assert_eq!(ask(&mut driver, PLUG, part * slot, slot as u16), ACK);
+    }
+    assert_eq!(ask(&mut driver, UNPLUG_ALL, 0, 0), ACK);
+    driver.device.set_requested(16 * MIB).expect("a good amount");
+    // All of the region is usable until the next UNPLUG ALL, of which 16 MiB need one slot, and one more is to spare.
+    driver.device.set_requested(REGION_BYTES).expect("a good amount");
+    driver.device.set_requested(16 * MIB).expect("a good amount");
+    let answers = [0, 3, 5, 7].map(|part| ask(&mut driver, PLUG, part * slot, 1));
+    assert_eq!(answers, [ACK, ACK, BUSY, BUSY]);
+    assert_eq!(
+        ask(&mut driver, PLUG, 5 * slot - 1, 2),
+        BUSY,
+        "a range over a border"
+    );
+    assert_eq!(ask(&mut driver, PLUG, 1, 6), ACK, "what is live can be filled");
+    assert_eq!(host.plugged_bytes(), 16 * MIB);
+}
+
+#[test]
+fn a_driver_that_could_not_obey_can_be_reminded() {
+    let (mut driver, _host) = start(8 * MIB);
+    driver.interrupts.take_config();
+    driver.device.remind();
+    assert_eq!(driver.interrupts.take_config(), 1);
+    assert_eq!(ask(&mut driver, PLUG, 0, 4), ACK);
+    driver.device.remind();
+    assert_eq!(driver.interrupts.take_config(), 0, "it has obeyed");
 }
 
 #[test]

@@ -19,7 +19,7 @@ use super::function::Function;
 use super::interrupts::Interrupts;
 use super::layout::{self, BAR_BYTES, QUEUE_COUNT_MAX};
 use super::runtime::Core;
-use super::shared::{BarWindow, Shared};
+use super::shared::{BarWindow, Driver, DriverCell, Shared};
 use crate::bus::Bus;
 use crate::event_loop::LoopHandle;
 use crate::guest_log::GuestLog;
@@ -164,6 +164,7 @@ impl VirtioPciDevice {
                 interrupts: Arc::new(interrupts),
                 _vectors: vectors,
                 kicks,
+                driver: DriverCell::default(),
                 memory,
                 event_loop,
                 listener,
@@ -186,10 +187,14 @@ impl VirtioPciDevice {
         Some(base..base + u64::from(BAR_BYTES))
     }
 
-    /// Whether a driver is ready: it set `DRIVER_OK` and did not break the rules since.
+    /// Whether a driver is ready: it set `DRIVER_OK` and did not break the rules since. Never waits for the device.
     pub fn driver_ready(&self) -> bool {
-        let core = self.shared.core();
-        core.active && core.config.is_ready()
+        self.driver() == Driver::Ready
+    }
+
+    /// Whether there is a driver. Never waits for the device.
+    pub fn driver(&self) -> Driver {
+        self.shared.driver.get()
     }
 
     /// Takes the device away, whoever else holds this still or is in the middle of an access: what it held on the host,
@@ -207,6 +212,13 @@ impl VirtioPciDevice {
         // A driver that reads the configuration right now must notice that it changed under it.
         self.shared.interrupts.raise_config_generation();
         Some(result)
+    }
+
+    /// As [`Self::with_device`], for what changes nothing that the driver can read: it is not disturbed.
+    pub fn ask_device<D: VirtioDevice, R>(&self, ask: impl FnOnce(&mut D) -> R) -> Option<R> {
+        let mut core = self.shared.core();
+        let device: &mut dyn Any = &mut *core.device;
+        Some(ask(device.downcast_mut()?))
     }
 }
 

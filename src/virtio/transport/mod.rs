@@ -33,3 +33,4 @@ mod unit;
 mod tests;
 
 pub use device::{TransportError, TransportResources, VirtioPciDevice};
+pub use shared::Driver;

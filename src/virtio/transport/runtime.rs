@@ -23,7 +23,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::common_config::CommonConfig;
 use super::gone::Gone;
 use super::queue_setup::RingPosition;
-use super::shared::{Shared, raise};
+use super::shared::{Driver, Shared, raise};
 use crate::event_loop::{EventHandler, Registration, Source};
 use crate::unit::PauseTicket;
 use crate::virtio::device::{Activation, DeviceEvent, DeviceFault, VirtioDevice, VirtioInterrupt};
@@ -166,7 +166,10 @@ impl Shared {
 
     fn activate_or_fault(&self, core: &mut Core, positions: &[RingPosition]) {
         match self.activate(core, positions) {
-            Ok(()) => self.listener.driver_ready(&self.name, true),
+            Ok(()) => {
+                self.driver.set(Driver::Ready);
+                self.listener.driver_ready(&self.name, true);
+            }
             Err(fault) => self.needs_reset(core, &fault),
         }
     }
@@ -287,6 +290,7 @@ impl Shared {
             return;
         }
         core.config.status |= DEVICE_NEEDS_RESET;
+        self.driver.set(Driver::Broken);
         self.log.warn(format_args!("the device needs a reset: {fault}"));
         self.interrupts.signal_config();
         self.listener.needs_reset(&self.name, &fault.to_string());
@@ -296,6 +300,7 @@ impl Shared {
     pub fn reset_device(&self, core: &mut Core) {
         if !core.draining {
             let was_active = std::mem::replace(&mut core.active, false);
+            self.driver.set(Driver::Absent);
             self.function().disarm();
             if core.device.in_flight_count() == 0 {
                 // The device may close its descriptors now; the loop hears of the end of the watch first.

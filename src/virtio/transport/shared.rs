@@ -5,6 +5,7 @@
 //! the device is asked.
 
 use std::io;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -30,6 +31,8 @@ pub struct Shared {
     pub interrupts: Arc<Interrupts>,
     pub _vectors: MsiPromise,
     pub kicks: Arc<[Arc<EventFd>]>,
+    /// For those who must not wait for `core`; written under it.
+    pub driver: DriverCell,
     pub memory: GuestMemoryAtomic<GuestMemoryMmap>,
     pub event_loop: LoopHandle,
     pub listener: Arc<dyn UnitListener>,
@@ -96,6 +99,40 @@ impl Shared {
 
     pub fn function(&self) -> MutexGuard<'_, Function> {
         self.function.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether a device has a driver.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Driver {
+    /// None that is ready.
+    Absent,
+    /// One that set `DRIVER_OK`.
+    Ready,
+    /// One that broke the rules; the device does nothing until it is reset.
+    Broken,
+}
+
+/// A [`Driver`] that can be read at any time.
+#[derive(Default)]
+pub struct DriverCell(AtomicU8);
+
+impl DriverCell {
+    pub fn get(&self) -> Driver {
+        match self.0.load(Ordering::Acquire) {
+            0 => Driver::Absent,
+            1 => Driver::Ready,
+            _ => Driver::Broken,
+        }
+    }
+
+    pub fn set(&self, driver: Driver) {
+        let value = match driver {
+            Driver::Absent => 0,
+            Driver::Ready => 1,
+            Driver::Broken => 2,
+        };
+        self.0.store(value, Ordering::Release);
     }
 }
 

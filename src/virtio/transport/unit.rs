@@ -9,6 +9,7 @@ use super::device::VirtioPciDevice;
 use super::queue_setup::RingPosition;
 use super::runtime::Core;
 use super::saved::{SavedQueueV1, SavedVirtioPciV1, VIRTIO_PCI_SCHEMA};
+use super::shared::Driver;
 use crate::ids::UnitName;
 use crate::unit::{PauseTicket, RestoreError, SaveError, Section, Unit};
 use crate::virtio::device::DeviceFault;
@@ -61,6 +62,7 @@ impl Unit for VirtioPciDevice {
         let saved: SavedVirtioPciV1 = section.decode(VIRTIO_PCI_SCHEMA)?;
         let mut core = self.shared.core();
         core.paused = true;
+        self.shared.driver.set(Driver::Absent);
         let positions = restore_registers(&mut core, &saved)?;
         core.device.restore(&saved.device)?;
         self.shared.interrupts.restore(&saved.interrupts)?;
@@ -71,7 +73,10 @@ impl Unit for VirtioPciDevice {
         self.shared.follow_bus_master(&mut core);
         if core.config.is_ready() {
             self.shared.activate(&mut core, &positions).map_err(refused)?;
+            self.shared.driver.set(Driver::Ready);
             self.shared.listener.driver_ready(&self.shared.name, true);
+        } else if core.config.status & DEVICE_NEEDS_RESET != 0 {
+            self.shared.driver.set(Driver::Broken);
         }
         Ok(())
     }

@@ -3,8 +3,8 @@
 use super::plan::Plan;
 use crate::memory::host::HostMemoryError;
 
-/// The memory of a machine. No verb waits for the guest. The machine tells of every change by
-/// `Mailbox::memory_changed`, and of a driver that comes or goes by the same.
+/// The memory of a machine. No verb waits for the guest, nor for what a device does on its behalf. The machine tells of
+/// every change by `Mailbox::memory_changed`; a driver that comes reads by itself what it is asked for.
 pub trait MachineMemory: Send + Sync {
     /// What the guest has now.
     fn observe(&self) -> Observed;
@@ -15,10 +15,11 @@ pub trait MachineMemory: Send + Sync {
     /// [`HostMemoryError`]; the promise is as before.
     fn promise(&self, bytes: u64, unchecked: bool) -> Result<(), HostMemoryError>;
 
-    /// Asks the guest for what `plan` says. The same again does no harm.
-    fn request(&self, plan: &Plan);
+    /// Asks the guest for what `plan` says. The same again does no harm, and reaches its driver only if it `insists`:
+    /// one that was refused memory, or could not give it, tries again at once.
+    fn request(&self, plan: &Plan, insists: bool);
 
-    /// Asks the guest to tell its total; an answer raises [`Observed::told_count`]. `false`: it has no driver that can.
+    /// Asks the guest to tell its total; an answer raises [`Observed::told_count`]. `false`: it has no driver for it.
     fn ask_guest_total(&self) -> bool;
 
     /// What the guest's memory costs the host, in bytes.
@@ -32,11 +33,13 @@ pub struct Observed {
     pub plugged_bytes: u64,
     /// What its balloon holds, in bytes.
     pub ballooned_bytes: u64,
-    /// Whether it has a driver for blocks.
+    /// Whether it has a driver for blocks, be it one that broke the rules.
     pub mem_driver: bool,
-    /// Whether it has a driver for the balloon.
+    /// Whether it has a driver for the balloon, be it one that broke the rules.
     pub balloon_driver: bool,
-    /// What it told as its total last.
+    /// The host refused what it tried to plug last, and it was not reminded since.
+    pub plug_refused: bool,
+    /// What it told as its total last; nothing while it has no driver for the balloon.
     pub guest_total_bytes: Option<u64>,
     /// How often it has told.
     pub told_count: u64,

@@ -6,11 +6,13 @@
 //! | file | |
 //! |---|---|
 //! | `plan` | pure: what a target means, when it is reached, why it was not |
+//! | `way` | pure: what of the way there is worth an event |
 //! | `machine` | what is needed of the machine under it |
 //! | `../ops/memory.rs` | the operation |
 
 pub mod machine;
 pub(super) mod plan;
+pub(super) mod way;
 
 use std::fmt;
 use std::time::Duration;
@@ -37,6 +39,9 @@ pub struct MemoryStatus {
     pub guest_total_bytes: Option<u64>,
     /// What the guest's memory costs the host.
     pub resident_bytes: u64,
+    /// Whether what was asked for last is safe in the VM's directory, if it has one. If it is not, the next resize stores
+    /// it again.
+    pub stored: bool,
 }
 
 /// How [`Vm::resize_memory`] goes about it.
@@ -51,7 +56,8 @@ pub struct ResizeOptions {
 /// What becomes of the rest of a request at its deadline. What was reached is kept in any case.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum AtDeadline {
-    /// Nothing more is asked of the guest: what the outcome tells stays true.
+    /// Nothing more is asked of the guest: what the outcome tells stays true. A guest that has not even what the VM had
+    /// before, because it boots, is still asked for that.
     #[default]
     Withdraw,
     /// The guest is still asked, and may come closer later; an event tells when it is there.
@@ -74,7 +80,7 @@ pub struct MemoryOutcome {
     pub target_bytes: u64,
     /// What the guest was asked for: the target, rounded down to what can be given.
     pub requested_bytes: u64,
-    /// What the guest had in the end.
+    /// What the guest had in the end; 0 without a guest.
     pub reached_bytes: u64,
     /// What the guest then called its total, if it has told.
     pub guest_total_bytes: Option<u64>,
@@ -87,8 +93,16 @@ pub struct MemoryOutcome {
 pub enum MemoryReason {
     /// What was requested has been reached.
     Complete,
-    /// The guest has the drivers, and had stopped moving long before the deadline: it does not give or take more.
+    /// The VM is off, and this is what its next guest will be asked for. Whether the host has it is known then.
+    Stored,
+    /// The VM is off, and its directory did not take what it was asked for; it is the VM's setting for as long as the VM
+    /// is open. An event has the reason.
+    NotStored,
+    /// The guest has the drivers, and had stopped moving long before the deadline: it does not give or take more. Also
+    /// when a driver broke the rules and its device needs a reset, of which an event tells.
     GuestRefused,
+    /// The guest would take more, and the host has no place for it: huge pages, memslots or mappings are used up.
+    Host,
     /// The guest has no driver for what was to be done.
     DriverAbsent,
     /// The guest was still moving at the deadline.
@@ -104,7 +118,10 @@ impl MemoryReason {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Complete => "complete",
+            Self::Stored => "stored",
+            Self::NotStored => "not-stored",
             Self::GuestRefused => "guest-refused",
+            Self::Host => "host",
             Self::DriverAbsent => "driver-absent",
             Self::Deadline => "deadline",
             Self::Withdrawn => "withdrawn",
@@ -115,7 +132,7 @@ impl MemoryReason {
 
 impl Ended for MemoryOutcome {
     fn is_done(&self) -> bool {
-        self.reason == MemoryReason::Complete
+        matches!(self.reason, MemoryReason::Complete | MemoryReason::Stored)
     }
 }
 
@@ -129,6 +146,9 @@ impl fmt::Display for MemoryOutcome {
             reason,
         } = *self;
         let (reached, requested) = (ByteSize(reached_bytes), ByteSize(requested_bytes));
+        if reason == MemoryReason::Stored {
+            return write!(f, "{}: {requested} for the next start", reason.as_str());
+        }
         write!(f, "{}: {reached} of {requested} reached", reason.as_str())
     }
 }
@@ -189,7 +209,8 @@ impl Vm {
     /// The target is rounded down to 2 MiB above the start-up size and to 4 KiB below it. It is a setting of the VM: a
     /// guest that is reset or started again is given it once its drivers are there. A new target takes the place of a
     /// pending one, whose operation ends as [`MemoryReason::Withdrawn`]; the same target again joins the pending
-    /// operation, which ends at the later of both deadlines.
+    /// operation, which ends at the later of both deadlines. Every call reaches the guest's drivers, so that one which
+    /// could not obey tries again.
     ///
     /// # Errors
     /// [`ResizeError`], with the numbers, for everything that is known to be impossible.

@@ -14,12 +14,9 @@ use super::{MemoryReason, ResizeError};
 use crate::config::{ByteSize, ConfigVersion, Feature, MemoryConfig};
 
 /// Blocks above the start-up size are plugged and unplugged whole.
-const BLOCK_BYTES: u64 = 2 << 20;
+pub(super) const BLOCK_BYTES: u64 = 2 << 20;
 /// A balloon holds pages of this size (virtio 1.2 §5.5.6).
 const PAGE_BYTES: u64 = 4096;
-/// Progress is told in steps of at least this part of the way.
-const PROGRESS_STEPS: u64 = 16;
-
 /// A guest's total may be that much smaller than what follows from its former one, in bytes.
 const UNCOUNTED_BYTES: u64 = 8 << 20;
 
@@ -106,6 +103,8 @@ impl Plan {
         let lacks_balloon_driver = now.ballooned_bytes != self.ballooned_bytes && !now.balloon_driver;
         if lacks_mem_driver || lacks_balloon_driver {
             MemoryReason::DriverAbsent
+        } else if now.plugged_bytes < self.plugged_bytes && now.plug_refused {
+            MemoryReason::Host
         } else if still_for >= within / 2 {
             MemoryReason::GuestRefused
         } else {
@@ -127,8 +126,9 @@ impl Told {
     pub const fn has_counted_all(&self, before: &Self) -> bool {
         let moved_bytes = self.assigned_bytes.saturating_sub(before.assigned_bytes);
         let lost_bytes = before.assigned_bytes.saturating_sub(self.assigned_bytes);
-        let least_bytes = (before.total_bytes + moved_bytes - moved_bytes / 64)
-            .saturating_sub(lost_bytes + UNCOUNTED_BYTES);
+        // The totals are the guest's words.
+        let expected_bytes = before.total_bytes.saturating_add(moved_bytes - moved_bytes / 64);
+        let least_bytes = expected_bytes.saturating_sub(lost_bytes.saturating_add(UNCOUNTED_BYTES));
         self.total_bytes >= least_bytes
     }
 }
@@ -138,11 +138,35 @@ pub fn assigned_bytes(startup_bytes: u64, now: &Observed) -> u64 {
     (startup_bytes + now.plugged_bytes).saturating_sub(now.ballooned_bytes)
 }
 
-/// Whether a move from `told_bytes`, which was told last, to `now_bytes` is worth telling on a way that began at
-/// `from_bytes` and leads to `to_bytes`.
-pub fn is_progress(told_bytes: u64, now_bytes: u64, from_bytes: u64, to_bytes: u64) -> bool {
-    let step_bytes = (from_bytes.abs_diff(to_bytes) / PROGRESS_STEPS).max(BLOCK_BYTES);
-    now_bytes.abs_diff(told_bytes) >= step_bytes
+/// The sizes between the last one that was settled and every target since. A target that is withdrawn leaves a VM with
+/// one of them: a guest that has no memory yet because it boots does not cost the VM what it had before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    least_bytes: u64,
+    most_bytes: u64,
+}
+
+impl Span {
+    /// One size.
+    pub const fn at(bytes: u64) -> Self {
+        Self {
+            least_bytes: bytes,
+            most_bytes: bytes,
+        }
+    }
+
+    /// Also `bytes`, and everything between.
+    pub fn with(self, bytes: u64) -> Self {
+        Self {
+            least_bytes: self.least_bytes.min(bytes),
+            most_bytes: self.most_bytes.max(bytes),
+        }
+    }
+
+    /// The size in the span that is closest to `bytes`.
+    pub fn closest(self, bytes: u64) -> u64 {
+        bytes.clamp(self.least_bytes, self.most_bytes)
+    }
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! Resizing on a machine without a guest: every way an operation ends, and what is left behind.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,6 +9,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::config::{ConfigVersion, VmConfig, VmConfigBuilder};
 use crate::event::{EventKind, EventStream};
+use crate::ids::OperationId;
 use crate::state::State;
 use crate::unit::PowerRequest;
 use crate::vm::fake::{FakeControl, FakePlatform};
@@ -198,9 +200,10 @@ fn a_vm_that_is_off_starts_with_what_it_was_given() {
     let (vm, _platform) = make(builder());
     let outcome = outcome(&vm, 384 * MIB, ResizeOptions::default());
     assert_eq!(
-        (outcome.reason, outcome.reached_bytes),
-        (MemoryReason::Complete, 384 * MIB)
+        (outcome.reason, outcome.reached_bytes, outcome.is_done()),
+        (MemoryReason::Stored, 0, true)
     );
+    assert_eq!(outcome.to_string(), "stored: 384 MiB for the next start");
     start(&vm);
     assert_eq!(
         vm.memory().expect("the supervisor lives").assigned_bytes,
@@ -220,6 +223,8 @@ fn a_guest_whose_host_has_less_than_before_starts_with_its_start_up_size_and_say
         (memory.requested_bytes, memory.assigned_bytes),
         (2 * GIB, 512 * MIB)
     );
+    platform.control().host_memory_freed();
+    assert_eq!(settled(&events), (2 * GIB, "complete"), "another vm gave it back");
 }
 
 #[test]
@@ -271,6 +276,39 @@ fn the_size_is_stored_and_a_vm_opened_again_starts_with_it() {
 }
 
 #[test]
+fn a_size_that_cannot_be_stored_is_told_and_stored_later() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let place = folder.path().join("vm");
+    let platform = Arc::new(FakePlatform::default());
+    let config = builder().build().expect("the configuration is valid");
+    let vm = Vm::create(&place, config, platform.clone()).expect("the folder is empty");
+    let events = vm.events();
+    let away = folder.path().join("away");
+    std::fs::rename(&place, &away).expect("the folder can be moved");
+    let off = outcome(&vm, GIB, ResizeOptions::default());
+    assert_eq!((off.reason, off.is_done()), (MemoryReason::NotStored, false));
+    let told = std::iter::from_fn(|| events.next(SOON))
+        .find(|event| matches!(event.kind, EventKind::ConfigNotStored { .. }));
+    assert!(told.is_some());
+    start(&vm);
+    assert!(outcome(&vm, 2 * GIB, ResizeOptions::default()).is_done());
+    let stored = || vm.memory().expect("the supervisor lives").stored;
+    assert!(!stored(), "the guest has it all the same");
+    std::fs::rename(&away, &place).expect("the folder can be moved back");
+    assert!(outcome(&vm, 2 * GIB, ResizeOptions::default()).is_done());
+    drop(vm.power_off());
+    assert!(vm.wait_for(State::Off, SOON));
+    assert_eq!(
+        outcome(&vm, 2 * GIB, ResizeOptions::default()).reason,
+        MemoryReason::Stored
+    );
+    assert!(stored());
+    drop((vm, events));
+    let vm = Vm::open(&place, platform).expect("it was stored");
+    assert_eq!(vm.config().memory().assigned_bytes, 2 * GIB);
+}
+
+#[test]
 fn a_guest_that_does_not_tell_its_total_has_reached_its_target_all_the_same() {
     let (vm, platform) = started(builder());
     platform.control().memory(|memory| memory.tells = false);
@@ -285,6 +323,117 @@ fn a_guest_that_does_not_tell_its_total_has_reached_its_target_all_the_same() {
     assert!(outcome(&vm, 2 * GIB, ResizeOptions::default()).is_done());
 }
 
+/// A guest that boots has no memory beyond its start-up size yet.
+#[test]
+fn what_a_vm_had_survives_a_request_that_comes_while_its_guest_boots() {
+    let (vm, platform) = make(builder().assigned_bytes(2 * GIB));
+    stop_at(platform.control(), 0, 0);
+    start(&vm);
+    let early = within(Duration::ZERO, AtDeadline::Withdraw);
+    let setting = || vm.memory().expect("the supervisor lives").requested_bytes;
+    for target_bytes in [2 * GIB, 3 * GIB] {
+        assert_eq!(outcome(&vm, target_bytes, early).reached_bytes, 512 * MIB);
+        assert_eq!(setting(), 2 * GIB, "after a request for {target_bytes}");
+    }
+    let first = resize(&vm, 3 * GIB, within(SOON, AtDeadline::Withdraw));
+    assert_eq!(outcome(&vm, 4 * GIB, early).reached_bytes, 512 * MIB);
+    assert_eq!(
+        first.outcome().map(|outcome| outcome.reason),
+        Some(MemoryReason::Withdrawn)
+    );
+    assert_eq!(setting(), 2 * GIB, "it never had what took its place either");
+    let events = vm.events();
+    platform.control().memory(|memory| memory.obeys = true);
+    assert_eq!(
+        settled(&events),
+        (2 * GIB, "complete"),
+        "it is still asked for it"
+    );
+}
+
+#[test]
+fn what_is_withdrawn_is_not_promised_any_more() {
+    let (vm, platform) = started(builder());
+    let control = platform.control();
+    stop_at(control, 0, 0);
+    control.memory(|memory| memory.now.mem_driver = false);
+    let absent = outcome(&vm, 4 * GIB, within(Duration::ZERO, AtDeadline::Withdraw));
+    assert_eq!(absent.reason, MemoryReason::DriverAbsent);
+    // An answer of the supervisor comes behind what it did at the deadline.
+    assert_eq!(
+        vm.memory().expect("the supervisor lives").requested_bytes,
+        512 * MIB
+    );
+    let mut promised_bytes = 0;
+    control.memory(|memory| promised_bytes = memory.promised_bytes);
+    assert_eq!(promised_bytes, 512 * MIB);
+}
+
+#[test]
+fn asking_again_for_the_same_reaches_the_guest_again() {
+    let (vm, platform) = started(builder());
+    let control = platform.control();
+    stop_at(control, 0, 0);
+    let reminded = || {
+        let mut count = 0;
+        control.memory(|memory| count = memory.reminded_count);
+        count
+    };
+    let _kept = outcome(&vm, GIB, within(Duration::ZERO, AtDeadline::Keep));
+    let once = reminded();
+    let again = resize(&vm, GIB, within(SOON, AtDeadline::Keep));
+    let joined = resize(&vm, GIB, within(SOON, AtDeadline::Keep));
+    assert_eq!((joined.id(), reminded()), (again.id(), once + 2));
+}
+
+#[test]
+fn a_guest_that_has_obeyed_and_tells_nothing_ends_the_wait_of_one_who_waits_for_ever() {
+    let (vm, platform) = started(builder());
+    platform.control().memory(|memory| memory.tells = false);
+    let silent = resize(&vm, GIB, within(Duration::MAX, AtDeadline::Withdraw));
+    let outcome = silent.wait(SOON).expect("it has a second to count");
+    assert_eq!(
+        (outcome.reason, outcome.reached_bytes),
+        (MemoryReason::Complete, GIB)
+    );
+}
+
+#[test]
+fn a_guest_that_moves_back_while_it_counts_has_its_time_as_before() {
+    let (vm, platform) = started(builder());
+    platform.control().memory(|memory| memory.tells = false);
+    let operation = resize(&vm, GIB, within(SOON, AtDeadline::Withdraw));
+    stop_at(platform.control(), 0, 0);
+    assert_eq!(
+        operation.wait(Duration::from_secs(2)),
+        None,
+        "its minute is not over"
+    );
+    stop_at(platform.control(), 512 * MIB, 0);
+    assert_eq!(
+        operation.wait(SOON).map(|outcome| outcome.reason),
+        Some(MemoryReason::Complete)
+    );
+}
+
+#[test]
+fn a_guest_that_goes_back_and_forth_does_not_flood_the_events() {
+    let (vm, platform) = started(builder());
+    assert!(outcome(&vm, 2 * GIB, ResizeOptions::default()).is_done());
+    let events = vm.events();
+    for _ in 0..1000 {
+        stop_at(platform.control(), GIB, 0);
+        vm.memory().expect("the supervisor lives");
+        stop_at(platform.control(), 3 * GIB / 2, 0);
+        vm.memory().expect("the supervisor lives");
+    }
+    drop(vm.pause());
+    let before_the_pause = std::iter::from_fn(|| events.next(SOON))
+        .take_while(|event| !matches!(event.kind, EventKind::OperationBegan { .. }));
+    let count = before_the_pause.count();
+    assert!(count < 60, "{count} events of some seconds");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(100))]
 
@@ -294,7 +443,9 @@ proptest! {
     ) {
         let (vm, platform) = started(builder());
         let control = platform.control();
+        let events = vm.events();
         let mut operations = Vec::new();
+        let mut endings: BTreeMap<OperationId, u32> = BTreeMap::new();
         for (step, size) in steps {
             match step {
                 0..4 => {
@@ -319,6 +470,19 @@ proptest! {
         drop(vm.power_off());
         for operation in &operations {
             prop_assert!(operation.wait(SOON).is_some(), "{operation:?} has no outcome");
+        }
+        prop_assert!(vm.wait_for(State::Off, SOON));
+        drop(vm);
+        // The stream ends with the supervisor.
+        for event in std::iter::from_fn(|| events.next(SOON)) {
+            match event.kind {
+                EventKind::OperationEnded { id, .. } => *endings.entry(id).or_default() += 1,
+                EventKind::Lost { count } => prop_assert!(false, "{count} events are lost"),
+                _ => {}
+            }
+        }
+        for operation in &operations {
+            prop_assert_eq!(endings.get(&operation.id()), Some(&1), "{:?} ended", operation);
         }
     }
 }

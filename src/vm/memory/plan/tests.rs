@@ -103,6 +103,22 @@ fn a_shortfall_names_the_driver_the_guest_or_the_clock() {
         ..drivers(false, false)
     };
     assert_eq!(why(&ballooned, 0), MemoryReason::DriverAbsent);
+    let mut refused = Observed {
+        plug_refused: true,
+        ..drivers(true, true)
+    };
+    let more = Plan::new(1024 * MIB, &memory(512, 1024), ConfigVersion::V2_0).expect("within the limits");
+    assert_eq!(more.shortfall(&refused, within, within), MemoryReason::Host);
+    assert_eq!(
+        why(&refused, 10),
+        MemoryReason::GuestRefused,
+        "the host refuses nothing on the way down"
+    );
+    refused.plug_refused = false;
+    assert_eq!(
+        more.shortfall(&refused, within, within),
+        MemoryReason::GuestRefused
+    );
 }
 
 #[test]
@@ -123,25 +139,32 @@ fn a_guest_that_has_not_counted_its_last_block_is_told_from_one_that_has() {
 }
 
 #[test]
-fn progress_is_told_in_sixteenths_of_the_way() {
-    let gib = 1024 * MIB;
-    let told = (0..=512u64)
-        .map(|step| gib + step * 2 * MIB)
-        .fold((0, gib), |(count, told), now| {
-            if is_progress(told, now, gib, 2 * gib) {
-                (count + 1, now)
-            } else {
-                (count, told)
-            }
-        });
-    assert_eq!(told, (16, 2 * gib));
-    assert!(
-        !is_progress(gib, gib + 4096, gib, gib + 8192),
-        "a page is not worth a word"
+fn what_is_withdrawn_leaves_a_vm_between_what_it_had_and_what_it_was_asked_for() {
+    let span = Span::at(8 << 30).with(9 << 30);
+    assert_eq!(span.closest(512 * MIB), 8 << 30, "it boots");
+    assert_eq!(span.closest(17 << 29), 17 << 29);
+    assert_eq!(span.closest(10 << 30), 9 << 30);
+    let replaced = Span::at(512 * MIB).with(4 << 30).with(1 << 30);
+    assert_eq!(
+        replaced.closest(3 << 30),
+        3 << 30,
+        "it got there on its way to 4 GiB"
     );
 }
 
 proptest! {
+    #[test]
+    fn whatever_a_guest_tells_is_compared(
+        before in (any::<u64>(), any::<u64>()),
+        after in (any::<u64>(), any::<u64>()),
+    ) {
+        let told = |(assigned_bytes, total_bytes)| Told { assigned_bytes, total_bytes };
+        let (before, after) = (told(before), told(after));
+        prop_assert!(before.has_counted_all(&before));
+        let richest = Told { total_bytes: u64::MAX, ..after };
+        prop_assert!(richest.has_counted_all(&before));
+    }
+
     #[test]
     fn what_is_asked_for_is_never_more_than_the_target_and_close_to_it(
         startup_mib in 64u64..4096,
