@@ -97,8 +97,11 @@ mod tests {
 
     #[test]
     fn hot_plug_schema_1_reads_and_writes_these_bytes() {
-        let text =
-            r#"{"changed":[256,0,0,1],"eject_requests":[0,2,0,0],"select":40,"ejected":["0001:00:1f.0"]}"#;
+        let text = concat!(
+            r#"{"changed":[256,0,0,1],"eject_requests":[0,2,0,0],"select":40,"ejected":["0001:00:1f.0"],"#,
+            r#""asked":["0001:00:01.0"],"unanswered":[{"bdf":"0000:00:1f.0","count":2}],"#,
+            r#""remnants":[{"bdf":"0003:00:1f.0","bar":[3221225472,16384]},{"bdf":"0002:00:01.0","bar":null}]}"#,
+        );
         same_bytes::<SavedPciHotplugV1>(text);
     }
 

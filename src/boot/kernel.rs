@@ -2,7 +2,7 @@
 //!
 //! Two formats: a bzImage is entered by the Linux 64-bit boot protocol (Linux `Documentation/arch/x86/boot.rst`,
 //! protocol 2.12 or later), an ELF image by the same protocol where its notes say that it is Linux, else by PVH where
-//! it has that note (`docs/decisions/0008-linux-images-are-entered-in-64-bit-mode.md`). The file is untrusted: everything
+//! it has that note (`docs/decisions/0010-linux-images-are-entered-in-64-bit-mode.md`). The file is untrusted: everything
 //! that the loader does not check (the memory that the kernel needs to unpack itself, its zero-initialized part) is
 //! checked here before anything is written.
 

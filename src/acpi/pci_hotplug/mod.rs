@@ -11,7 +11,7 @@
 //! ```
 //! A slot has no `_STA`: whether a device is there the guest reads from its configuration space, and booting evaluates
 //! nothing that touches a register, but for the `_DSM` of slots that hold something
-//! (`docs/decisions/0008-slots-without-sta.md`).
+//! (`docs/decisions/0009-slots-without-sta.md`).
 
 pub mod aml;
 pub mod registers;
