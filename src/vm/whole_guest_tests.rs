@@ -399,7 +399,9 @@ fn a_guest_hints_at_what_it_has_free_and_uses_it_again() {
     let config = VmConfig::builder("hints", &kernel.elf)
         .initrd(&kernel.initramfs)
         .cmdline("console=ttyS0 quiet loglevel=3 panic=-1 harness.modules=all")
-        .startup_bytes(RAM_BYTES);
+        .startup_bytes(RAM_BYTES)
+        // A balloon is there only where memory can change.
+        .minimum_bytes(128 << 20);
     let host = TestHost::default();
     let bench = Bench::build(&config.build().expect("the configuration is valid"), &host);
     bench.run();
