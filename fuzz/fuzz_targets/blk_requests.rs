@@ -1,4 +1,5 @@
-//! A block device fed with any chains, rings and bytes: every chain comes back or the device faults.
+//! A block device fed with any chains, rings and bytes, on a disk in any mood: every chain comes back or the device
+//! faults.
 #![no_main]
 #![forbid(unsafe_code)]
 
@@ -7,6 +8,7 @@ use libfuzzer_sys::fuzz_target;
 use vm_lifecycle::ids::DiskName;
 use vm_lifecycle::storage::MemoryDisk;
 use vm_lifecycle::virtio::block::Block;
+use vm_lifecycle_fuzz::disk::MoodyDisk;
 use vm_lifecycle_fuzz::driver::{Driven, Step};
 
 #[derive(Debug, Arbitrary)]
@@ -15,6 +17,8 @@ struct Input {
     size_log2: u8,
     queue_count: u8,
     read_only: bool,
+    room: u8,
+    moods: Vec<u8>,
     steps: Vec<Step>,
 }
 
@@ -34,6 +38,7 @@ fuzz_target!(|input: Input| {
     if input.read_only {
         disk = disk.read_only();
     }
+    let disk = MoodyDisk::new(disk, input.room, input.moods);
     let name = DiskName::new("disk").expect("a good name");
     let queue_count = 1 + u16::from(input.queue_count % 3);
     let block = Block::new(&name, Box::new(disk), queue_count).expect("descriptors are free");

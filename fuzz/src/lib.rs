@@ -3,6 +3,7 @@
 //! | module | what |
 //! |---|---|
 //! | `board` | the devices at fixed ports and addresses |
+//! | `disk` | a disk that is full, fails, and answers out of order |
 //! | `driver` | rings laid out by the input, for a virtio device without a transport |
 //! | `machine` | the bus, PCI and event loop of a VM over a host that only keeps books |
 //! | `memory` | the host of the devices that resize memory, which checks what it is asked |
@@ -14,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 pub mod board;
+pub mod disk;
 pub mod driver;
 pub mod edits;
 pub mod machine;
