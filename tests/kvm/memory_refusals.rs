@@ -135,7 +135,6 @@ fn a_guest_under_load_gives_what_it_can() -> Result<(), Failed> {
 
 fn a_guest_short_of_memory_empties_its_balloon() -> Result<(), Failed> {
     let (guest, mut shell) = Guest::boot(elastic("short")?.deflate_on_oom(true))?;
-    let at_start = meminfo_total(&mut shell)?;
     reach(&guest, 200 * MIB)?;
     // More than it has free now. Linux empties the balloon by 1 MiB each time that it runs out.
     fill(&mut shell, 184)?;
@@ -150,7 +149,7 @@ fn a_guest_short_of_memory_empties_its_balloon() -> Result<(), Failed> {
     // It does not fill the balloon again by itself, but when it is asked for the same again.
     shell.succeed("rm /load/file")?;
     assert_eq!(reach(&guest, 200 * MIB)?.reached_bytes, 200 * MIB);
-    agreed(&guest, &mut shell, at_start)?;
+    // Its total is no measure here: Linux counts a balloon that it may empty as its own memory.
     Ok(())
 }
 
