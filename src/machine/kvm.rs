@@ -93,14 +93,7 @@ impl Kvm {
                 need: KVM_API_VERSION,
             });
         }
-        for requirement in &REQUIREMENTS {
-            if !kvm.check_extension(requirement.cap) {
-                return Err(KvmError::Capability {
-                    name: requirement.name,
-                    needed_for: requirement.needed_for,
-                });
-            }
-        }
+        check_capabilities(|cap| kvm.check_extension(cap))?;
         let cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(refused("the supported cpuid"))?;
@@ -228,6 +221,17 @@ impl HostVm for KvmVm {
     }
 }
 
+/// Refuses a host that lacks one of [`REQUIREMENTS`].
+fn check_capabilities(has: impl Fn(Cap) -> bool) -> Result<(), KvmError> {
+    match REQUIREMENTS.iter().find(|requirement| !has(requirement.cap)) {
+        None => Ok(()),
+        Some(requirement) => Err(KvmError::Capability {
+            name: requirement.name,
+            needed_for: requirement.needed_for,
+        }),
+    }
+}
+
 fn open_error(error: errno::Error) -> KvmError {
     match error.errno() {
         libc::ENOENT | libc::ENXIO | libc::ENODEV => KvmError::Absent,
@@ -257,6 +261,19 @@ mod tests {
         assert!(of(libc::ENOENT).starts_with("/dev/kvm does not exist"));
         assert_eq!(of(libc::EACCES), "/dev/kvm may not be opened by this process");
         assert_eq!(of(libc::EMFILE), "/dev/kvm cannot be opened");
+    }
+
+    #[test]
+    fn each_capability_that_is_missing_is_named_with_what_needs_it() {
+        assert!(check_capabilities(|_| true).is_ok());
+        for requirement in &REQUIREMENTS {
+            let lacking = |cap| cap as u32 != requirement.cap as u32;
+            let error = check_capabilities(lacking)
+                .expect_err(requirement.name)
+                .to_string();
+            let (name, what) = (requirement.name, requirement.needed_for);
+            assert!(error.contains(name) && error.contains(what), "{error}");
+        }
     }
 
     #[test]

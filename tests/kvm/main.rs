@@ -28,6 +28,7 @@ mod nic;
 mod nic_cycles;
 mod nic_rough;
 mod programs;
+mod refusals;
 mod tiny;
 mod vmm;
 
@@ -64,6 +65,7 @@ fn main() -> ExitCode {
         debian::trials(),
         huge_pages::trials(),
         programs::trials(),
+        refusals::trials(),
     ]
     .into_iter()
     .flatten();

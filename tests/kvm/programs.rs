@@ -3,7 +3,6 @@
 use std::fs;
 use std::io::Write;
 use std::net::Ipv4Addr;
-use std::path::Path;
 use std::process::{Command, Stdio};
 
 use libtest_mimic::Failed;
@@ -42,10 +41,6 @@ pub fn trials() -> Vec<Body> {
         Body::new(
             "programs::vmm_obeys_text_and_keeps_its_vm",
             vmm_obeys_text_and_keeps_its_vm,
-        ),
-        Body::new(
-            "programs::vmm_names_what_is_wrong_and_creates_nothing",
-            vmm_names_what_is_wrong,
         ),
     ]
 }
@@ -392,77 +387,4 @@ fn tells_of_cards(vmm: &Vmm) {
     ] {
         assert!(events.contains(&expected), "no {expected} in {events:?}");
     }
-}
-
-fn vmm_names_what_is_wrong() -> Result<(), Failed> {
-    let kernel = GuestKernel::find(Flavour::Cloud)?;
-    let elf = kernel.elf.to_string_lossy().into_owned();
-    let places = Places {
-        folder: tempfile::tempdir()?,
-    };
-    fs::write(places.path("text"), "not a kernel at all")?;
-    fs::write(places.path("odd"), vec![0; 700])?;
-    fs::write(places.path("empty"), "")?;
-    fs::write(places.path("disk"), vec![0; 4096])?;
-    let long = "x".repeat(3000);
-    let cases: Vec<(Vec<&str>, &str)> = vec![
-        (vec!["--kernel", "/nowhere"], "/nowhere"),
-        (vec!["--kernel", "text"], "not a kernel"),
-        (vec!["--memory", "32M"], "below the minimum 64 MiB"),
-        (vec!["--memory", "1000G"], "exceeds the host's memory"),
-        (vec!["--memory", "200000K"], "multiple"),
-        (vec!["--cmdline", &long], "3000"),
-        (vec!["--cpus", "0"], "from 1 to 64"),
-        (vec!["--cpus", "1000"], "1000 vcpus"),
-        (vec!["--disk", "absent"], "absent"),
-        (vec!["--disk", "empty"], "empty"),
-        (vec!["--disk", "odd"], "512"),
-        (vec!["--disk", "disk", "--disk", "disk"], "two disks are called d"),
-        (vec!["--nic", "name=n,tap=nosuchtap"], "nosuchtap"),
-        (vec!["--nic", "name=n,tap=lo"], "lo"),
-        (vec!["--nic", "name=n,tap=t,mac=ff:ff:ff:ff:ff:ff"], "multicast"),
-        (vec!["--config-version", "9.0"], "9.0"),
-        (
-            vec![
-                "--memory",
-                "512M",
-                "--memory-max",
-                "1G",
-                "--config-version",
-                "1.0",
-            ],
-            "2.0",
-        ),
-    ];
-    for (words, expected) in cases {
-        refused(&places, &elf, &words, expected)?;
-    }
-    Ok(())
-}
-
-/// Asks for a VM with these options, which must be refused with `expected` in the reason and leave nothing behind.
-fn refused(places: &Places, elf: &str, words: &[&str], expected: &str) -> Result<(), Failed> {
-    let mut command = Command::new(example("vmm")?);
-    command.args(["--state-dir", &places.path("vm"), "--name", "n"]);
-    if words[0] != "--kernel" {
-        command.args(["--kernel", elf]);
-    }
-    for pair in words.chunks(2) {
-        let value = match pair {
-            ["--disk", name] => format!("name=d,path={}", places.path(name)),
-            ["--kernel", "text"] => places.path("text"),
-            [_, value] => (*value).to_owned(),
-            _ => return Err("options come in pairs".into()),
-        };
-        command.args([pair[0], &value]);
-    }
-    let output = command.stdin(Stdio::null()).output()?;
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(
-        !output.status.success() && said.contains(expected),
-        "{words:?} says {said:?}"
-    );
-    let left = Path::new(&places.path("vm")).exists();
-    assert!(!left, "{words:?} left something behind");
-    Ok(())
 }
