@@ -12,9 +12,9 @@ use std::time::Duration;
 /// How much output may wait for the sink.
 pub const OUTPUT_WAITING_BYTES_MAX: usize = 1 << 20;
 /// How long the end of the port waits for a sink that still has output to take.
-const LAST_WORDS_WITHIN: Duration = Duration::from_secs(1);
+const LAST_WORDS_WITHIN: Duration = Duration::from_secs(3);
 
-/// The port's end. Dropping it gives the sink a second to take what waits; a sink that blocks keeps its thread.
+/// The port's end. Dropping it gives the sink three seconds to take what waits; a sink that blocks keeps its thread.
 pub(super) struct Output {
     shared: Arc<Shared>,
     /// What the thread needs; taken when it begins.
