@@ -17,6 +17,7 @@ use crate::vmm::{Places, example};
 pub fn trials() -> Vec<Body> {
     vec![
         Body::new("refusals::of_what_the_vm_is_made_of", what_the_vm_is_made_of),
+        Body::new("refusals::of_its_disks_and_cards", its_disks_and_cards),
         Body::new("refusals::of_what_others_have", what_others_have),
         Body::new("refusals::of_a_host_without_kvm", a_host_without_kvm),
     ]
@@ -29,15 +30,11 @@ fn what_the_vm_is_made_of() -> Result<(), Failed> {
     let (places, kernel) = (places()?, GuestKernel::find(Flavour::Cloud)?);
     let bzimage = kernel.bzimage.to_string_lossy();
     fs::write(places.path("text"), "not a kernel at all")?;
-    fs::write(places.path("odd"), vec![0; 700])?;
     fs::write(places.path("empty"), "")?;
-    fs::write(places.path("disk"), vec![0; 4096])?;
     File::create(places.path("large"))?.set_len(300 << 20)?;
     let long = "x".repeat(3000);
-    let [text, odd, empty, large] = ["text", "odd", "empty", "large"].map(|name| places.path(name));
-    let disk = |path: &str| format!("name=d,path={path}");
-    let (absent, odd, empty_disk) = (disk("/absent/disk"), disk(&odd), disk(&empty));
-    let twice = disk(&places.path("disk"));
+    let [text, empty, large] = ["text", "empty", "large"].map(|name| places.path(name));
+    let small = ["--kernel", &bzimage, "--memory", "64M"];
     let old = [
         "--memory",
         "512M",
@@ -46,23 +43,19 @@ fn what_the_vm_is_made_of() -> Result<(), Failed> {
         "--config-version",
         "1.0",
     ];
-    let macs = "name=n,tap=t,mac=02:00:00:00:00:01";
+    let cpus = |count: &str| format!("{count} vcpus are asked for, from 1 to 64 are possible");
+    let (none, many) = (cpus("0"), cpus("1000"));
+    let no_kernel = "is not a kernel that can be started: it is neither a bzImage nor an ELF image";
     let cases = [
         Case(
             &["--kernel", "/nowhere"],
             "cannot open kernel /nowhere: No such file",
         ),
-        Case(
-            &["--kernel", &text],
-            "text is not a kernel that can be started: it is neither a bzImage nor an ELF image",
-        ),
+        Case(&["--kernel", &text], no_kernel),
         Case(&["--kernel", &empty], "empty is empty"),
+        Case(&small, "ram below 4 GiB ends at 0x4000000"),
         Case(
-            &["--kernel", &bzimage, "--memory", "64M"],
-            "ram below 4 GiB ends at 0x4000000",
-        ),
-        Case(
-            &["--initrd", &large, "--memory", "256M"],
+            &["--initrd", &large],
             "large has 314572800 bytes, there is room for",
         ),
         Case(
@@ -71,38 +64,45 @@ fn what_the_vm_is_made_of() -> Result<(), Failed> {
         ),
         Case(&["--memory", "1000G"], "exceeds the host's memory of"),
         Case(&["--memory", "200000K"], "is not a multiple of 1 MiB"),
+        Case(&["--cmdline", &long], "has 3000 bytes, the limit is 2047"),
+        Case(&["--cpus", "0"], &none),
+        Case(&["--cpus", "1000"], &many),
+        Case(&["--config-version", "9.0"], "9.0"),
+        Case(&old, "needs configuration version 2.0, the vm has 1.0"),
+    ];
+    cases.iter().try_for_each(|case| refused(&places, &[], case))
+}
+
+fn its_disks_and_cards() -> Result<(), Failed> {
+    let places = places()?;
+    fs::write(places.path("odd"), vec![0; 700])?;
+    fs::write(places.path("empty"), "")?;
+    fs::write(places.path("disk"), vec![0; 4096])?;
+    let [odd, empty, disk] =
+        ["odd", "empty", "disk"].map(|name| format!("name=d,path={}", places.path(name)));
+    let (one, other) = (
+        "name=n,tap=t,mac=02:00:00:00:00:01",
+        "name=m,tap=u,mac=02:00:00:00:00:01",
+    );
+    let same_mac = "have the same mac address 02:00:00:00:00:01";
+    let (twice, macs) = (["--disk", &disk, "--disk", &disk], ["--nic", one, "--nic", other]);
+    let names = ["--nic", "name=n,tap=a", "--nic", "name=n,tap=b"];
+    let cases = [
         Case(
-            &["--cmdline", &long],
-            "the kernel command line has 3000 bytes, the limit is 2047",
+            &["--disk", "name=d,path=/absent/disk"],
+            "/absent/disk does not exist",
         ),
-        Case(
-            &["--cpus", "0"],
-            "0 vcpus are asked for, from 1 to 64 are possible",
-        ),
-        Case(
-            &["--cpus", "1000"],
-            "1000 vcpus are asked for, from 1 to 64 are possible",
-        ),
-        Case(&["--disk", &absent], "disk image \"/absent/disk\" does not exist"),
-        Case(&["--disk", &empty_disk], "is empty"),
+        Case(&["--disk", &empty], "is empty"),
         Case(&["--disk", &odd], "has 700 bytes, which is not a multiple of 512"),
-        Case(&["--disk", &twice, "--disk", &twice], "two disks are called d"),
+        Case(&twice, "two disks are called d"),
         Case(
             &["--nic", "name=n,tap=nosuchtap"],
             "tap \"nosuchtap\" does not exist",
         ),
         Case(&["--nic", "name=n,tap=lo"], "\"lo\" is not a tap"),
-        Case(
-            &["--nic", "name=n,tap=a", "--nic", "name=n,tap=b"],
-            "two network cards are called n",
-        ),
+        Case(&names, "two network cards are called n"),
         Case(&["--nic", "name=n,tap=t,mac=ff:ff:ff:ff:ff:ff"], "multicast"),
-        Case(
-            &["--nic", macs, "--nic", "name=m,tap=u,mac=02:00:00:00:00:01"],
-            "have the same mac address 02:00:00:00:00:01",
-        ),
-        Case(&["--config-version", "9.0"], "9.0"),
-        Case(&old, "needs configuration version 2.0, the vm has 1.0"),
+        Case(&macs, same_mac),
     ];
     cases.iter().try_for_each(|case| refused(&places, &[], case))
 }
@@ -118,7 +118,7 @@ fn what_others_have() -> Result<(), Failed> {
     };
     let held = RawDisk::open(&config)?;
     let disk = format!("name=d,path={path}");
-    let in_use = format!("disk image {path:?} is in use by another vm or process");
+    let in_use = format!("disk image {path} is in use by another vm or process");
     refused(&places, &[], &Case(&["--disk", &disk], &in_use))?;
     drop(held);
     for tap in [
@@ -170,6 +170,9 @@ fn refused(places: &Places, through: &[&str], Case(words, expected): &Case) -> R
         }
     };
     command.args(["--state-dir", &places.path("vm"), "--name", "n"]);
+    if !words.contains(&"--memory") {
+        command.args(["--memory", "256M"]);
+    }
     if !words.contains(&"--kernel") {
         command
             .arg("--kernel")
