@@ -12,7 +12,7 @@ use crate::harness::artefacts;
 use crate::harness::base64;
 use crate::harness::guest_shell::GuestShell;
 use crate::harness::tap::Tap;
-use crate::nic::{add, name, reached, remove};
+use crate::nic::{add, name, reached};
 
 /// The trials of this file.
 pub fn trials() -> Vec<Body> {
@@ -92,8 +92,7 @@ fn a_debian_guest_calls_its_interfaces() -> Result<(), Failed> {
         assert_eq!(has_long_name, label.len() > 15, "{told}");
     }
 
-    rename_while_it_is_up(&guest, &mut shell)?;
-    share_a_name(&guest, &mut shell, &taps)
+    rename_while_it_is_up(&guest, &mut shell)
 }
 
 fn rename_while_it_is_up(guest: &Guest, shell: &mut GuestShell) -> Result<(), Failed> {
@@ -111,24 +110,5 @@ fn rename_while_it_is_up(guest: &Guest, shell: &mut GuestShell) -> Result<(), Fa
     );
     shell.succeed(&format!("ip link set Fred down && {}", look("Fred")))?;
     shell.succeed("ip link set Freda up")?;
-    Ok(())
-}
-
-/// "Büro" makes room for a card whose label makes the name of another's interface.
-fn share_a_name(guest: &Guest, shell: &mut GuestShell, taps: &[Tap]) -> Result<(), Failed> {
-    // A name of an interface that another has already leaves the interface its number.
-    remove(guest, "Büro")?;
-    let tap = taps.last().ok_or("there are taps")?;
-    let info = add(guest, NicSpec::new("the_red one", tap.name()))?;
-    let told = properties(shell, &info.config.mac.to_string())?;
-    let index = info.config.acpi_index.unwrap_or_default();
-    let (expected, onboard) = (
-        format!("INTERFACE=eno{index}"),
-        "ID_NET_LABEL_ONBOARD=the_red one",
-    );
-    assert!(
-        told.contains(&expected) && told.contains(onboard),
-        "no {expected} in\n{told}"
-    );
     Ok(())
 }

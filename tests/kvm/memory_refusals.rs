@@ -84,22 +84,10 @@ fn a_guest_under_load_gives_what_it_can() -> Result<(), Failed> {
     let (guest, mut shell) = Guest::boot(elastic("load")?.startup_bytes(256 * MIB).maximum_bytes(512 * MIB))?;
     let at_start = meminfo_total(&mut shell)?;
     reach(&guest, 512 * MIB)?;
-    // A program holds four fifths of what the guest has, and tells what it held when it is let go: one block of dd's,
-    // of which the last byte is missing.
-    let mib = meminfo_total(&mut shell)? / 5 * 4 / (8 * MIB) * 8;
-    let (bytes, text) = (mib * MIB, text(&mut shell, mib)?);
-    shell.succeed("mkfifo /tmp/in /tmp/last")?;
-    shell.succeed(&format!(
-        "({text}; cat /tmp/last) >/tmp/in 2>/dev/null </dev/null & \
-         (dd if=/tmp/in bs={} count=1 iflag=fullblock | md5sum >/tmp/held) >/dev/null 2>&1 </dev/null &",
-        bytes + 1
-    ))?;
-    let holds = format!(
-        "[ $(awk '/^VmRSS:/ {{ print $2 }}' /proc/$(pidof dd)/status) -ge {} ]",
-        bytes / 1024
-    );
-    shell.wait_until(&holds, WITHIN)?;
-    let outcome = resize(&guest, 256 * MIB, brief(20, AtDeadline::Keep))?;
+    // Four fifths of what the guest has.
+    fill(&mut shell, 400)?;
+    let sum = shell.succeed("md5sum </load/file")?;
+    let outcome = resize(&guest, 256 * MIB, brief(15, AtDeadline::Withdraw))?;
     assert!(
         matches!(
             outcome.reason,
@@ -107,27 +95,19 @@ fn a_guest_under_load_gives_what_it_can() -> Result<(), Failed> {
         ),
         "{outcome}"
     );
-    // Not less than the program holds. A guest may find nothing to give at all: Linux 6.1 did not here.
+    // Not less than it holds; what it gave is kept, and nothing more is asked for.
     assert!(
-        (bytes..=512 * MIB).contains(&outcome.reached_bytes),
-        "{outcome}, {bytes} bytes are held"
+        (400 * MIB..=512 * MIB).contains(&outcome.reached_bytes),
+        "{outcome}"
     );
     let memory = guest.vm.memory()?;
     assert_eq!(
-        memory.requested_bytes,
-        256 * MIB,
-        "it is still asked for the rest"
+        (memory.requested_bytes, memory.assigned_bytes),
+        (outcome.reached_bytes, outcome.reached_bytes)
     );
-    assert!(memory.assigned_bytes <= outcome.reached_bytes);
-    // The same request again, once the program has ended.
-    shell.succeed("printf x >/tmp/last")?;
-    shell.wait_until("[ -s /tmp/held ]", WITHIN)?;
-    let expected = shell.succeed(&format!("({text}; printf x) | md5sum"))?;
-    assert_eq!(
-        shell.succeed("cat /tmp/held")?,
-        expected,
-        "the program lost memory"
-    );
+    assert_eq!(shell.succeed("md5sum </load/file")?, sum, "the guest lost memory");
+    // The same request again, once there is room.
+    shell.succeed("rm /load/file")?;
     assert_eq!(reach(&guest, 256 * MIB)?.reached_bytes, 256 * MIB);
     agreed(&guest, &mut shell, at_start)?;
     no_harm(&mut shell)
