@@ -22,7 +22,7 @@ const REQUIRE_VARIABLE: &str = "VM_LIFECYCLE_REQUIRE_KVM";
 /// Makes the KVM tests report themselves as ignored because another step runs them.
 const ELSEWHERE_VARIABLE: &str = "VM_LIFECYCLE_KVM_ELSEWHERE";
 const FUZZ_SECONDS: u32 = 10;
-const TIME_LIMIT_MINUTES: u64 = 40;
+const TIME_LIMIT_MINUTES: u64 = 50;
 /// The one example that needs no arguments and checks itself; the KVM tests run the others as their users do.
 const DEMO: &str = "demo";
 
