@@ -51,7 +51,7 @@ const USAGE: &str = "usage:
   cargo xtask test [--kvm-only] [--fuzz-seconds N] [--time-limit MINUTES] [-- FILTER…]
                                format, lints, documentation, tests, tests and demo on real KVM, fuzz
                                targets; --kvm-only leaves the rest out, a filter also the demo;
-                               what runs on real KVM is killed after 40 minutes, or as many as given
+                               what runs on real KVM is killed after 50 minutes, or as many as given
   cargo xtask bench [NAME] [-- ARGUMENTS…]
                                all benchmarks or one, on real KVM
   cargo xtask demo [-- ARGUMENTS…]
