@@ -5,6 +5,7 @@ use std::sync::mpsc::channel;
 use super::*;
 use crate::unit::UnitListener;
 use crate::vm::fake::FakePlatform;
+use crate::vm::nic::AddNicOutcome;
 
 /// A supervisor that the test drives itself, with a running machine.
 fn running(platform: &FakePlatform) -> (Supervisor, Receiver<Message>) {
@@ -64,14 +65,21 @@ fn until(supervisor: &mut Supervisor, receiver: &Receiver<Message>, wanted: Stat
     }
 }
 
+fn ask(supervisor: &mut Supervisor, kind: OperationKind) -> Operation {
+    let request = Request { kind, within: None };
+    supervisor.request(request).expect("the state allows it")
+}
+
 fn power_off(supervisor: &mut Supervisor) -> Operation {
-    let request = Request {
-        kind: OperationKind::PowerOff,
-        within: None,
-    };
-    supervisor
-        .request(request)
-        .expect("the power of this vm can be cut")
+    ask(supervisor, OperationKind::PowerOff)
+}
+
+/// A host that hangs while it adds a card.
+fn hang_at_a_card(platform: &FakePlatform, supervisor: &mut Supervisor) -> Operation<AddNicOutcome> {
+    platform.control().hang(true);
+    let card = crate::config::NicSpec::new("lan", "tap0");
+    let added = nic::add(supervisor, card, Duration::MAX);
+    added.expect("a running vm takes cards").1
 }
 
 /// Lets the time pass that workers have.
@@ -79,11 +87,6 @@ fn workers_have_had_their_time(supervisor: &mut Supervisor) {
     assert!(supervisor.hung_at.is_some(), "their time is counted");
     supervisor.hung_at = Some(Instant::now());
     supervisor.deadline_passed();
-}
-
-fn ask(supervisor: &mut Supervisor, kind: OperationKind) -> Operation {
-    let request = Request { kind, within: None };
-    supervisor.request(request).expect("the state allows it")
 }
 
 #[test]
@@ -145,10 +148,7 @@ fn a_reset_for_which_not_everything_stands_is_given_up_unless_the_guest_wants_it
 fn a_guest_stands_when_its_power_is_cut_whatever_the_host_is_busy_with() {
     let platform = FakePlatform::default();
     let (mut supervisor, receiver) = running(&platform);
-    platform.control().hang(true);
-    let card = crate::config::NicSpec::new("lan", "tap0");
-    let added = nic::add(&mut supervisor, card, Duration::MAX);
-    let (_, adding) = added.expect("a running vm takes cards");
+    let adding = hang_at_a_card(&platform, &mut supervisor);
     let cut = power_off(&mut supervisor);
     assert_eq!(
         platform.control().stopped_count(),
@@ -167,10 +167,7 @@ fn a_guest_stands_when_its_power_is_cut_whatever_the_host_is_busy_with() {
 fn a_host_that_hangs_does_not_hold_a_vm_that_ends() {
     let platform = FakePlatform::default();
     let (mut supervisor, receiver) = running(&platform);
-    platform.control().hang(true);
-    let card = crate::config::NicSpec::new("lan", "tap0");
-    let added = nic::add(&mut supervisor, card, Duration::MAX);
-    let (_, adding) = added.expect("a running vm takes cards");
+    let adding = hang_at_a_card(&platform, &mut supervisor);
     let cut = power_off(&mut supervisor);
     workers_have_had_their_time(&mut supervisor);
     until(&mut supervisor, &receiver, State::Off);
@@ -190,11 +187,7 @@ fn a_start_that_hangs_can_be_given_up_and_its_machine_is_not_the_next_one() {
     let _ = power_off(&mut supervisor);
     until(&mut supervisor, &receiver, State::Off);
     platform.control().hang(true);
-    let start = Request {
-        kind: OperationKind::Start,
-        within: None,
-    };
-    let starting = supervisor.request(start).expect("an off vm can be started");
+    let starting = ask(&mut supervisor, OperationKind::Start);
     let cut = power_off(&mut supervisor);
     assert_eq!(
         starting.outcome().map(|o| o.to_string()).as_deref(),
@@ -213,11 +206,7 @@ fn a_start_that_hangs_can_be_given_up_and_its_machine_is_not_the_next_one() {
 fn a_reset_that_hangs_can_be_given_up() {
     let platform = FakePlatform::default();
     let (mut supervisor, receiver) = running(&platform);
-    let reset = Request {
-        kind: OperationKind::Reset,
-        within: None,
-    };
-    let resetting = supervisor.request(reset).expect("a running vm can be reset");
+    let resetting = ask(&mut supervisor, OperationKind::Reset);
     supervisor.handle(receiver.recv().expect("the vcpu reports"));
     platform.control().hang(true);
     supervisor.handle(receiver.recv().expect("the units report"));
