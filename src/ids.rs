@@ -131,6 +131,20 @@ text_id!(
     NicName, "network card name", 64, |c| !c.is_control()
 );
 text_id!(
+    /// What the device in a PCI slot is called in the guest, whatever it is: 1–64 bytes of UTF-8 without control
+    /// characters (PCI Firmware 3.3 §4.6.7).
+    SlotLabel, "slot label", 64, |c| !c.is_control()
+);
+
+impl From<&NicName> for SlotLabel {
+    /// The rules of a card's name are those of a label.
+    fn from(name: &NicName) -> Self {
+        const _: () = assert!(NicName::MAX_BYTES <= SlotLabel::MAX_BYTES);
+        Self(name.0.clone())
+    }
+}
+
+text_id!(
     /// The name of a disk: 1–20 ASCII letters, digits, `-`, `_` or `.`; unique in its VM. It is also the serial
     /// number that the guest reads (virtio 1.2 §5.2.6: 20 bytes).
     DiskName, "disk name", 20, |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c)

@@ -13,7 +13,7 @@ use vm_lifecycle::acpi::pci_hotplug::registers::{
     PCI_HOTPLUG_BYTES, PciHotplug, Removed, SlotListener, SlotName,
 };
 use vm_lifecycle::bus::{Bus, BusClaim, BusDevice};
-use vm_lifecycle::ids::{Bdf, NicName};
+use vm_lifecycle::ids::{Bdf, SlotLabel};
 use vm_lifecycle::machine::fake::FakeVm;
 use vm_lifecycle::machine::gsi::GsiTable;
 use vm_lifecycle::memory::layout::{
@@ -124,7 +124,7 @@ impl Rig {
             Step::Eject(choice) => self.write(HOTPLUG_EJECT_OFFSET, number(choice)),
             Step::ReadName(choice) => self.check_name(choice),
             Step::Insert(choice, acpi_index, label) => {
-                let label = NicName::new(label).ok();
+                let label = SlotLabel::new(label).ok();
                 let name = acpi_index.zip(label);
                 let name = name.map(|(acpi_index, label)| SlotName { acpi_index, label });
                 slot(choice)
@@ -152,7 +152,7 @@ impl Rig {
                 }
             }
             Step::Rename(choice, label) => {
-                if let (Some(bdf), Ok(label)) = (slot(choice), NicName::new(label)) {
+                if let (Some(bdf), Ok(label)) = (slot(choice), SlotLabel::new(label)) {
                     self.hotplug.rename(bdf, &label);
                     let name = self.model.get_mut(&bdf).and_then(|card| card.name.as_mut());
                     name.into_iter().for_each(|name| name.label = label.clone());

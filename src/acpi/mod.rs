@@ -9,7 +9,7 @@
 //! | [`tables`] | RSDP, XSDT, FADT, MADT, MCFG and where they lie |
 //! | [`dsdt`] | the devices: host bridges, resources, serial port, clock, GED, power button, panic port |
 //! | [`device`] | the register page on the bus, and its place among the units |
-//! | [`pci_hotplug`] | hot-plug registers and their AML: slots, ejecting, names of network cards |
+//! | [`pci_hotplug`] | hot-plug registers and their AML: slots, ejecting, names of their devices |
 //! | [`ged`] | pending events and their interrupt |
 //! | [`power`] | sleep and reset registers |
 //! | [`pvpanic`] | the port through which a guest's kernel reports its panic |

@@ -67,7 +67,7 @@ impl DeviceSet {
     pub fn add_nic(&self, slot: SlotReservation, device: Arc<VirtioPciDevice>, nic: &NicConfig) {
         let name = nic.acpi_index.map(|acpi_index| SlotName {
             acpi_index,
-            label: nic.name.clone(),
+            label: (&nic.name).into(),
         });
         self.lock().add(device.clone());
         self.hotplug.insert(slot, device, name);
@@ -115,7 +115,7 @@ impl DeviceSet {
     /// Shows the guest another name of the network card `unit`.
     pub fn rename(&self, unit: &UnitName, name: &NicName) {
         if let Some(device) = self.find(unit) {
-            self.hotplug.rename(device.bdf(), name);
+            self.hotplug.rename(device.bdf(), &name.into());
         }
     }
 

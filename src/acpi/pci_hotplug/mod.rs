@@ -7,7 +7,7 @@
 //! listener         ◄──── eject register          ◄──── slot's _EJ0                       has let go of it
 //! offer            ────► changed bits, GED event ────► as for a new device                looks again
 //! tell_taken       ────► eject bits,   GED event ────► the same for what was taken by force
-//! insert, rename   ────► index and label         ────► slot's _DSM, function 7           reads the card's name
+//! insert, rename   ────► index and label         ────► slot's _DSM, function 7           reads the device's name
 //! ```
 //! A slot has no `_STA`: whether a device is there the guest reads from its configuration space, and booting evaluates
 //! nothing that touches a register, but for the `_DSM` of slots that hold something

@@ -1,4 +1,4 @@
-//! The hot-plug registers: what changed in which slot, ejecting, and the names of network cards.
+//! The hot-plug registers: what changed in which slot, ejecting, and the names of the devices in them.
 //!
 //! Offsets from `layout::HOTPLUG_OFFSET`; a slot's number is `segment * 32 + slot`.
 //!
@@ -24,7 +24,7 @@ use crate::acpi::device::AcpiDevice;
 use crate::acpi::ged::GedEvent;
 use crate::bus::{Bus, BusDevice, BusError};
 use crate::guest_log::GuestLog;
-use crate::ids::{Bdf, NicName};
+use crate::ids::{Bdf, SlotLabel};
 use crate::memory::layout::{
     ACPI_REGISTERS_BYTES, HOTPLUG_EJECT_OFFSET, HOTPLUG_INDEX_OFFSET, HOTPLUG_LABEL_BYTES,
     HOTPLUG_LABEL_OFFSET, HOTPLUG_OFFSET, HOTPLUG_SELECT_OFFSET, SEGMENT_COUNT,
@@ -40,7 +40,7 @@ const SEGMENTS_END: u64 = SEGMENT_STRIDE * SEGMENT_COUNT as u64;
 const LABEL_END: u64 = HOTPLUG_LABEL_OFFSET + HOTPLUG_LABEL_BYTES as u64;
 
 // A name has at most as many UTF-16 units as bytes of UTF-8, and a final zero.
-const _: () = assert!(2 * (NicName::MAX_BYTES + 1) <= HOTPLUG_LABEL_BYTES);
+const _: () = assert!(2 * (SlotLabel::MAX_BYTES + 1) <= HOTPLUG_LABEL_BYTES);
 
 /// Hears what the guest does with slots. Implemented by the supervisor's mailbox; never blocks.
 pub trait SlotListener: Send + Sync {
@@ -49,13 +49,13 @@ pub trait SlotListener: Send + Sync {
     fn ejected(&self, bdf: Bdf, asked: bool);
 }
 
-/// What a network card is called in the guest.
+/// What a device is called in the guest. Nothing here knows what kind of device it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SlotName {
     /// From 1 to `config::ACPI_INDEX_MAX`.
     pub acpi_index: u16,
-    /// The name that the host chose.
-    pub label: NicName,
+    /// From the name that the host chose.
+    pub label: SlotLabel,
 }
 
 /// The register file and the hot-pluggable devices; the unit `pci-hotplug`.
@@ -167,9 +167,9 @@ impl PciHotplug {
         self.acpi.raise(GedEvent::PciHotplug);
     }
 
-    /// Gives the card at `bdf` another label, which the guest reads when it looks the next time. A card that has no
+    /// Gives the device at `bdf` another label, which the guest reads when it looks the next time. A device that has no
     /// name in the guest gets none.
-    pub fn rename(&self, bdf: Bdf, label: &NicName) {
+    pub fn rename(&self, bdf: Bdf, label: &SlotLabel) {
         self.lock().rename(bdf, label);
     }
 

@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use super::registers::{SlotName, slot_of};
 use super::remnant::Remnant;
-use crate::ids::{Bdf, NicName};
+use crate::ids::{Bdf, SlotLabel};
 use crate::memory::layout::{HOTPLUG_LABEL_BYTES, SEGMENT_COUNT};
 use crate::pci::device::PciDevice;
 use crate::pci::slots::{OccupiedSlot, SlotReservation};
@@ -190,7 +190,7 @@ impl State {
         }
     }
 
-    pub fn rename(&mut self, bdf: Bdf, label: &NicName) {
+    pub fn rename(&mut self, bdf: Bdf, label: &SlotLabel) {
         if let Some(name) = self.slots.get_mut(&bdf).and_then(|slot| slot.name.as_mut()) {
             name.label = label.clone();
         }

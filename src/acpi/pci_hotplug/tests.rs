@@ -9,7 +9,7 @@ use super::registers::{PCI_HOTPLUG_BYTES, PciHotplug, Removed, SlotListener, Slo
 use crate::acpi::device::AcpiDevice;
 use crate::acpi::saved::PCI_HOTPLUG_SCHEMA;
 use crate::bus::{Bus, BusDevice};
-use crate::ids::{Bdf, NicName};
+use crate::ids::{Bdf, SlotLabel};
 use crate::machine::fake::FakeVm;
 use crate::machine::gsi::GsiTable;
 use crate::memory::layout::{
@@ -71,7 +71,7 @@ impl Rig {
     fn insert(&self, bdf: Bdf, name: Option<(u16, &str)>) {
         let name = name.map(|(acpi_index, label)| SlotName {
             acpi_index,
-            label: NicName::new(label).unwrap(),
+            label: SlotLabel::new(label).unwrap(),
         });
         let slot = self.root.reserve(bdf).unwrap();
         self.hotplug.insert(slot, Arc::new(Present), name);
@@ -336,11 +336,11 @@ fn names_are_read_as_they_are_when_the_slot_is_selected() {
         "\u{FFFE}".to_owned(),
     ] {
         rig.hotplug
-            .rename(bdf(3, 2), &NicName::new(name.as_str()).unwrap());
+            .rename(bdf(3, 2), &SlotLabel::new(name.as_str()).unwrap());
         assert_ne!(rig.label(), name, "nothing changes under a reader");
         assert_eq!(rig.name(3 * 32 + 2), (16383, name));
     }
-    rig.hotplug.rename(bdf(0, 8), &NicName::new("LAN").unwrap());
+    rig.hotplug.rename(bdf(0, 8), &SlotLabel::new("LAN").unwrap());
     assert_eq!(rig.name(8), (0, String::new()), "still without a name");
 }
 
