@@ -22,6 +22,7 @@ mod labels;
 mod lifecycle;
 mod memory;
 mod memory_host;
+mod memory_hostile;
 mod memory_refusals;
 mod net;
 mod nic;
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
         net::trials(),
         memory_refusals::trials(),
         memory_host::trials(),
+        memory_hostile::trials(),
         memory::trials(),
         hotplug::trials(),
         nic::trials(),
