@@ -43,6 +43,7 @@ use crate::vm::host::{HostDevices, HostPort};
 use crate::vm::mailbox::Mailbox;
 use crate::vm::memory_units::{MemoryUnits, new_runtime};
 use crate::vm::platform::{BuildError, Machine, Platform};
+use crate::vm::thread_role::ThreadRole;
 use crate::vm::units::{KvmMachine, build_nic};
 
 /// Builds machines on this host's KVM, with devices that get their host side from `H`.
@@ -91,6 +92,10 @@ impl<H: HostDevices + 'static> Platform for KvmPlatform<H> {
 
     fn build(&self, config: &VmConfig, mailbox: Mailbox) -> Result<Arc<dyn Machine>, BuildError> {
         Ok(Arc::new(self.assemble(config, mailbox)?))
+    }
+
+    fn thread_started(&self, role: ThreadRole) {
+        self.host.thread_started(role);
     }
 }
 
@@ -315,7 +320,7 @@ impl Assembly {
     fn add_platform(&mut self, output: Box<dyn std::io::Write + Send>) -> Result<Arc<Serial>, BuildError> {
         let power = Arc::new(self.mailbox.clone());
         let mailbox = self.mailbox.clone();
-        let begin = move || mailbox.own_thread();
+        let begin = move || mailbox.own_thread(ThreadRole::Serial);
         let serial = Arc::new(Serial::new(self.gsi.line(SERIAL_GSI)?, output, begin));
         let rtc = Arc::new(Rtc::new());
         let i8042 = Arc::new(I8042::new(power.clone()));

@@ -9,6 +9,7 @@ use crate::net::NetBackend;
 use crate::net::tap::{Tap, TapError};
 use crate::storage::DiskBackend;
 use crate::storage::{OpenError, RawConfig, RawDisk, RawEngine};
+use crate::vm::thread_role::ThreadRole;
 
 pub use crate::virtio::console::PORTS_MAX;
 pub use crate::vm::builder::KvmPlatform;
@@ -53,6 +54,13 @@ pub trait HostDevices: Send + Sync {
     fn nic(&self, nic: &NicConfig) -> Result<Box<dyn NetBackend>, TapError> {
         Ok(Box::new(Tap::open(&nic.tap, nic.queue_pairs)?))
     }
+
+    /// A thread of a VM begins, the calling one, before it does anything of its role: the place to put a seccomp filter
+    /// on it ([`ThreadRole::syscalls`]), a name, a priority or a set of CPUs. By default nothing is done.
+    ///
+    /// A panic is logged, and the thread goes on. An embedder that will not have a thread without its filter ends the
+    /// process itself.
+    fn thread_started(&self, _role: ThreadRole) {}
 }
 
 /// A port of the console device and the host's end of it.

@@ -22,6 +22,7 @@ use crate::vm::operation::{Operation, OperationKind};
 use crate::vm::platform::{BuildError, Machine};
 use crate::vm::shared::Shared;
 use crate::vm::supervisor::Supervisor;
+use crate::vm::thread_role::ThreadRole;
 
 /// What arrives in the mailbox.
 pub(super) enum Message {
@@ -170,10 +171,10 @@ impl Mailbox {
         }
     }
 
-    /// Makes the calling thread one of the VM's own.
-    pub(super) fn own_thread(&self) {
+    /// Makes the calling thread, which begins, one of the VM's own.
+    pub(super) fn own_thread(&self, role: ThreadRole) {
         if let Some(shared) = self.shared.upgrade() {
-            shared.own_thread();
+            shared.own_thread(role);
         }
     }
 
@@ -223,7 +224,7 @@ impl PowerListener for Mailbox {
 
 impl VcpuListener for Mailbox {
     fn started(&self, _vcpu: u32) {
-        self.own_thread();
+        self.own_thread(ThreadRole::Vcpu);
     }
 
     fn parked(&self, vcpu: u32) {
@@ -243,7 +244,7 @@ impl VcpuListener for Mailbox {
 
 impl LoopListener for Mailbox {
     fn loop_started(&self) {
-        self.own_thread();
+        self.own_thread(ThreadRole::DeviceLoop);
     }
 
     fn loop_failed(&self, words: &str) {

@@ -21,6 +21,7 @@ mod ops;
 pub mod platform;
 mod shared;
 mod supervisor;
+pub mod thread_role;
 pub mod transition;
 mod units;
 mod work;
@@ -135,7 +136,7 @@ impl Vm {
         platform: Arc<dyn Platform>,
         make_dir: impl FnOnce(&VmConfig) -> Result<Option<StateDir>, StateDirError>,
     ) -> Result<Self, CreateError> {
-        let shared = Arc::new(Shared::new(Arc::new(config)));
+        let shared = Arc::new(Shared::new(Arc::new(config), platform.clone()));
         let (sender, receiver) = channel();
         let (begin, begun) = channel::<Supervisor>();
         let supervise = move || {

@@ -108,7 +108,7 @@ fn driven(folder: &tempfile::TempDir) -> (Supervisor, Receiver<Message>, FakePla
     let dir = StateDir::create(folder.path().join("vm"), &config).expect("a new folder");
     let (sender, receiver) = channel();
     let platform = FakePlatform::default();
-    let shared = Arc::new(shared::Shared::new(Arc::new(config)));
+    let shared = Arc::new(shared::Shared::new(Arc::new(config), Arc::new(platform.clone())));
     let supervisor = Supervisor::new(shared, Arc::new(platform.clone()), Some(dir), sender);
     (supervisor, receiver, platform)
 }

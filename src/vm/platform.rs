@@ -25,6 +25,7 @@ use crate::virtio::mem::MemError;
 use crate::virtio::net::NetError;
 use crate::virtio::transport::TransportError;
 use crate::vm::memory::machine::MachineMemory;
+use crate::vm::thread_role::ThreadRole;
 
 pub use crate::vm::mailbox::Mailbox;
 
@@ -42,6 +43,9 @@ pub trait Platform: Send + Sync {
     /// # Errors
     /// [`BuildError`] names what the host or a file refuses; nothing is left behind.
     fn build(&self, config: &VmConfig, mailbox: Mailbox) -> Result<Arc<dyn Machine>, BuildError>;
+
+    /// A thread of a VM begins, the calling one, before it does anything of its role.
+    fn thread_started(&self, _role: ThreadRole) {}
 }
 
 /// A built machine. No verb waits for the guest or a disk, except [`Machine::reset`] and the drop, which happen on

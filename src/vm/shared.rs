@@ -1,6 +1,7 @@
 //! What the supervisor publishes for its handles: state, operation in flight, events.
 
 use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -9,6 +10,8 @@ use crate::config::VmConfig;
 use crate::event::EventLog;
 use crate::state::State;
 use crate::vm::operation::OperationKind;
+use crate::vm::platform::Platform;
+use crate::vm::thread_role::ThreadRole;
 
 thread_local! {
     /// The VM that this thread belongs to; null for every other thread. Only compared.
@@ -21,6 +24,7 @@ pub(super) struct Shared {
     changed: Condvar,
     pub events: Mutex<EventLog>,
     config: Mutex<Arc<VmConfig>>,
+    platform: Arc<dyn Platform>,
 }
 
 #[derive(Clone, Copy)]
@@ -30,7 +34,7 @@ struct Published {
 }
 
 impl Shared {
-    pub fn new(config: Arc<VmConfig>) -> Self {
+    pub fn new(config: Arc<VmConfig>, platform: Arc<dyn Platform>) -> Self {
         let published = Published {
             state: State::Off,
             operation: None,
@@ -40,12 +44,17 @@ impl Shared {
             changed: Condvar::new(),
             events: Mutex::default(),
             config: Mutex::new(config),
+            platform,
         }
     }
 
-    /// Makes the calling thread one of this VM's own.
-    pub fn own_thread(&self) {
+    /// Makes the calling thread, which begins, one of this VM's own.
+    pub fn own_thread(&self, role: ThreadRole) {
         OWNER.set(self);
+        let told = catch_unwind(AssertUnwindSafe(|| self.platform.thread_started(role)));
+        if told.is_err() {
+            log::error!("the embedder panicked when a thread began that is {role:?}");
+        }
     }
 
     /// Whether the calling thread is this VM's supervisor, or one for which the supervisor waits: a worker, a vCPU's, the

@@ -26,6 +26,7 @@ use crate::vm::ops::memory::MemoryWork;
 use crate::vm::ops::{self, memory, nic, power};
 use crate::vm::platform::{Machine, Platform};
 use crate::vm::shared::Shared;
+use crate::vm::thread_role::ThreadRole;
 use crate::vm::transition::{Next, Trigger, may_begin, next};
 use crate::vm::work::Works;
 
@@ -110,7 +111,7 @@ impl Supervisor {
 
     /// Serves the mailbox until the last handle is gone and nothing of the VM is left.
     pub(super) fn run(mut self, mailbox: &Receiver<Message>) {
-        self.shared.own_thread();
+        self.shared.own_thread(ThreadRole::Supervisor);
         while !(self.handles_gone && self.state == State::Off && self.works.is_empty()) {
             match self.receive(mailbox) {
                 Ok(message) => self.survive(|vm| vm.handle(message)),

@@ -15,6 +15,7 @@ use crate::config::{StateDirError, VmConfig};
 use crate::vm::mailbox::Message;
 use crate::vm::ops::power;
 use crate::vm::supervisor::Supervisor;
+use crate::vm::thread_role::ThreadRole;
 
 /// The works that go on.
 pub(super) struct Works {
@@ -62,7 +63,7 @@ impl Supervisor {
         let then = Arc::new(Mutex::new(Some(then)));
         let then_there = then.clone();
         let body = move || {
-            shared.own_thread();
+            shared.own_thread(ThreadRole::Worker);
             // What a panic left half done is dropped with the closure.
             let result = catch_unwind(AssertUnwindSafe(work))
                 .map_err(|_| io::Error::other("the thread that did the work panicked"));

@@ -36,6 +36,10 @@ pub fn trials() -> Vec<Body> {
             many_vms_leave_nothing_behind,
         ),
         Body::new(
+            "programs::a_vm_calls_for_what_its_threads_publish",
+            a_vm_calls_for_what_its_threads_publish,
+        ),
+        Body::new(
             "programs::hot_add_nic_adds_renames_and_removes",
             hot_add_nic_adds_renames_and_removes,
         ),
@@ -82,6 +86,28 @@ fn hot_add_nic_adds_renames_and_removes() -> Result<(), Failed> {
     assert!(
         output.status.success() && said.contains("it is gone: the guest let go of it"),
         "{said}\n{errors}"
+    );
+    Ok(())
+}
+
+fn a_vm_calls_for_what_its_threads_publish() -> Result<(), Failed> {
+    let kernel = GuestKernel::find(Flavour::Cloud)?;
+    let tap = Tap::create(Ipv4Addr::new(10, 213, 63, 1))?;
+    let folder = tempfile::tempdir()?;
+    let disk = folder.path().join("disk.img");
+    fs::File::create(&disk)?.set_len(8 << 20)?;
+    let output = Command::new(example("seccomp")?)
+        .args([&kernel.elf, &kernel.initramfs, &disk])
+        .arg(tap.name())
+        .output()?;
+    let (said, errors) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    assert!(
+        output.status.success() && said.contains("nothing that it had not published"),
+        "{}: {said}\n{errors}",
+        output.status
     );
     Ok(())
 }

@@ -26,6 +26,7 @@ use crate::vm::operation::{OperationKind, Outcome};
 use crate::vm::ops::{memory, nic};
 use crate::vm::platform::{BuildError, Machine};
 use crate::vm::supervisor::Supervisor;
+use crate::vm::thread_role::ThreadRole;
 use crate::vm::transition::Trigger;
 
 /// How long a VM that ends waits for workers that wait for the host: a disk that hangs must not hold it.
@@ -399,7 +400,7 @@ fn spawn(
     let mailbox = vm.mailbox();
     let shared = vm.shared.clone();
     let work = move || {
-        shared.own_thread();
+        shared.own_thread(ThreadRole::Worker);
         // What the panic left half done is not looked at again: the machine is torn down.
         mailbox.report(catch_unwind(AssertUnwindSafe(work)).unwrap_or(panicked));
     };
