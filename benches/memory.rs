@@ -1,5 +1,5 @@
 //! What a VM costs its host beside the guest's RAM: memory for the first VM of a process and for each further one, and
-//! CPU time while the guest idles. QEMU's `microvm` with the same guest stands beside it.
+//! CPU time while the guest idles. QEMU's `microvm` and `q35` with the same guest stand beside it.
 //!
 //! The process measured is this program again, called with `vmm`: it starts one VM for each line that it reads and says
 //! when that VM's init runs. Memory is a process's share of its resident pages, without the mapping of the RAM.
@@ -117,10 +117,8 @@ impl Write for Console {
 fn measure() -> Result<(), Box<dyn Error>> {
     let folder = tempfile::tempdir_in("/dev/shm")?;
     let kernel = GuestKernel::find(Flavour::Cloud)?.copied_to(folder.path())?;
-    let qemu = Qemu::start(&kernel)?;
-    let qemu_memory = qemu.process.memory()?;
-    let qemu_idle = qemu.process.idle()?;
-    drop(qemu);
+    let microvm = at_rest(Qemu::start("microvm,rtc=on", &kernel.elf, &kernel)?)?;
+    let q35 = at_rest(Qemu::start("q35", &kernel.bzimage, &kernel)?)?;
 
     let mut ours = Ours::start(folder.path(), &kernel)?;
     let empty = ours.process.memory()?;
@@ -148,7 +146,8 @@ fn measure() -> Result<(), Box<dyn Error>> {
         row("ours, process without a vm", empty),
         row("ours, process with one vm", first),
         row("ours, each further vm", further),
-        row("microvm, one vm", qemu_memory),
+        row("microvm, one vm", microvm.0),
+        row("q35, one vm", q35.0),
     ]);
     println!();
     let row = |name: &str, idle: Idle| {
@@ -162,9 +161,15 @@ fn measure() -> Result<(), Box<dyn Error>> {
             .to_vec(),
         row("ours, one vm", idle),
         row(&format!("ours, {VM_COUNT} vms"), idle_all),
-        row("microvm, one vm", qemu_idle),
+        row("microvm, one vm", microvm.1),
+        row("q35, one vm", q35.1),
     ]);
     Ok(())
+}
+
+/// What one VM in QEMU costs.
+fn at_rest(qemu: Qemu) -> io::Result<(OwnMemory, Idle)> {
+    Ok((qemu.process.memory()?, qemu.process.idle()?))
 }
 
 /// CPU time during [`IDLE_FOR`].
@@ -256,8 +261,9 @@ struct Qemu {
 }
 
 impl Qemu {
-    fn start(kernel: &GuestKernel) -> Result<Self, Box<dyn Error>> {
-        let mut command = qemu::bare("microvm,rtc=on", &kernel.elf, &kernel.initramfs, CMDLINE);
+    /// Starts `image`, since `q35` takes no ELF, on `machine`.
+    fn start(machine: &str, image: &Path, kernel: &GuestKernel) -> Result<Self, Box<dyn Error>> {
+        let mut command = qemu::bare(machine, image, &kernel.initramfs, CMDLINE);
         command.args(["-name", "guest,debug-threads=on"]);
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
         let mut output = child.stdout.take().ok_or("it was piped")?;

@@ -177,7 +177,7 @@ struct Qemu {
 impl Qemu {
     fn start(kernel: &GuestKernel, region_mib: u64) -> Result<Self, Box<dyn Error>> {
         let memory = format!("size={STARTUP_MIB}M,maxmem={}M", STARTUP_MIB + region_mib);
-        let backend = format!("memory-backend-memfd,id=region,size={region_mib}M,reserve=off");
+        let backend = format!("memory-backend-ram,id=region,size={region_mib}M,reserve=off");
         let arguments = [
             "-m",
             &memory,

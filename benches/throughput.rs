@@ -1,7 +1,8 @@
 //! What a guest gets through its disk and its network card, beside QEMU's `q35` and `microvm` in the same run, as ratios.
 //!
 //! Three guests with the same kernel run all the time and take turns: one of this crate, in this process, and two of
-//! QEMU with virtio-blk-pci and virtio-net-pci, for which `microvm` has its PCI Express switched on. The disk is a raw file in memory behind io_uring, the card a tap without
+//! QEMU with virtio-blk-pci and virtio-net-pci, for which `microvm` has its PCI Express switched on. The disk is a raw
+//! file in memory behind io_uring, the card a tap without
 //! vhost. The guest's own `dd` and `nc` make the load.
 
 #[path = "../tests/kvm/guest.rs"]
@@ -134,7 +135,8 @@ fn start_qemu(
     address: Ipv4Addr,
 ) -> Result<(QemuGuest, Subject), Box<dyn Error>> {
     let tap = Tap::create(address)?;
-    let file = disk(folder, &format!("{machine}.img"))?;
+    let (name, _) = machine.split_once(',').unwrap_or((machine, ""));
+    let file = disk(folder, &format!("{name}.img"))?;
     let drive = format!("file={},if=none,id=d,format=raw,aio=io_uring", file.display());
     let netdev = format!("tap,id=n,ifname={},script=no,downscript=no,vhost=off", tap.name());
     let words = [
