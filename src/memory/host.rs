@@ -94,9 +94,34 @@ impl HostMemory {
         }
     }
 
-    /// Takes note of `vm`, which has `bytes`.
-    pub fn promise(&self, bytes: u64, huge_pages: bool, vm: Arc<dyn Promised>) -> MemoryPromise {
+    /// Promises `bytes` to `vm`, which starts, if the limit allows for them. Whether the host has them is not asked: a
+    /// guest takes what it starts with page by page.
+    ///
+    /// # Errors
+    /// [`HostMemoryError::Limit`].
+    pub fn promise_start(
+        &self,
+        bytes: u64,
+        huge_pages: bool,
+        vm: Arc<dyn Promised>,
+    ) -> Result<MemoryPromise, HostMemoryError> {
         let mut promises = self.purse.promises();
+        within_limit(promises.made.values(), bytes, self.purse.limit_bytes)?;
+        Ok(self.note(&mut promises, bytes, huge_pages, vm))
+    }
+
+    /// Takes note of `vm`, which has `bytes`, without a question.
+    pub fn promise(&self, bytes: u64, huge_pages: bool, vm: Arc<dyn Promised>) -> MemoryPromise {
+        self.note(&mut self.purse.promises(), bytes, huge_pages, vm)
+    }
+
+    fn note(
+        &self,
+        promises: &mut Promises,
+        bytes: u64,
+        huge_pages: bool,
+        vm: Arc<dyn Promised>,
+    ) -> MemoryPromise {
         promises.last_id += 1;
         let id = promises.last_id;
         let promise = Promise {
@@ -170,16 +195,7 @@ impl Promises {
         };
         let others = self.made.iter().filter(|(other, _)| **other != id);
         let others: Vec<_> = others.map(|(_, promise)| promise).collect();
-        if let Some(limit_bytes) = limit_bytes {
-            let held = others.iter().map(|other| other.bytes.max(other.vm.taken_bytes()));
-            let total_bytes = held.sum::<u64>() + bytes;
-            if total_bytes > limit_bytes {
-                return Err(HostMemoryError::Limit {
-                    total_bytes,
-                    limit_bytes,
-                });
-            }
-        }
+        within_limit(others.iter().copied(), bytes, limit_bytes)?;
         let of_same_kind = others.iter().filter(|other| other.huge_pages == own.huge_pages);
         let promised_bytes: u64 = of_same_kind.map(|other| other.untaken(other.bytes)).sum();
         let available_bytes = available_bytes(own.huge_pages)?.saturating_sub(promised_bytes);
@@ -200,6 +216,26 @@ impl Promises {
             promise.vm.may_ask_again();
         }
     }
+}
+
+/// Checks that `bytes` beside what others hold are within the limit, if there is one.
+fn within_limit<'a>(
+    others: impl Iterator<Item = &'a Promise>,
+    bytes: u64,
+    limit_bytes: Option<u64>,
+) -> Result<(), HostMemoryError> {
+    let Some(limit_bytes) = limit_bytes else {
+        return Ok(());
+    };
+    let held = others.map(|other| other.bytes.max(other.vm.taken_bytes()));
+    let total_bytes = held.sum::<u64>().saturating_add(bytes);
+    if total_bytes > limit_bytes {
+        return Err(HostMemoryError::Limit {
+            total_bytes,
+            limit_bytes,
+        });
+    }
+    Ok(())
 }
 
 impl Promise {
@@ -321,6 +357,21 @@ mod tests {
         );
         drop(second);
         first.raise(64 * MIB).expect("the other vm is gone");
+    }
+
+    #[test]
+    fn what_vms_start_with_is_within_the_limit() {
+        let memory = HostMemory::limited_to(64 * MIB);
+        let first = memory
+            .promise_start(48 * MIB, false, has(0))
+            .expect("48 are below 64");
+        let start = || memory.promise_start(17 * MIB, false, has(0));
+        let error = start().err().expect("48 and 17 are above 64");
+        assert!(matches!(error, HostMemoryError::Limit { total_bytes, .. } if total_bytes == 65 * MIB));
+        drop(memory.promise(17 * MIB, false, has(0)));
+        drop(first);
+        start().expect("the other vm is gone");
+        assert!(memory.promise_start(u64::MAX, false, has(0)).is_err());
     }
 
     #[test]

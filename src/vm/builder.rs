@@ -298,7 +298,7 @@ impl Assembly {
                 runtime,
                 mailbox.clone(),
                 event_loop.handle(),
-            ),
+            )?,
             ram,
             memslots,
             buses,

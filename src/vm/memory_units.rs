@@ -69,6 +69,9 @@ struct Told {
 
 impl MemoryUnits {
     /// Takes note of a machine's memory; the devices are added when they are in their slots.
+    ///
+    /// # Errors
+    /// [`HostMemoryError::Limit`], unless the VM may have more than the host has.
     pub fn new(
         config: &VmConfig,
         host: &HostMemory,
@@ -76,7 +79,7 @@ impl MemoryUnits {
         runtime: Option<Arc<RuntimeMemory>>,
         mailbox: Mailbox,
         event_loop: LoopHandle,
-    ) -> Self {
+    ) -> Result<Self, HostMemoryError> {
         let changes = Arc::new(Changes {
             ram,
             runtime,
@@ -90,15 +93,20 @@ impl MemoryUnits {
             hints: Mutex::default(),
         });
         let memory = config.memory();
-        let promise = host.promise(memory.startup_bytes, memory.huge_pages, changes.clone());
-        Self {
+        let (bytes, huge_pages) = (memory.startup_bytes, memory.huge_pages);
+        let promise = if memory.overcommit {
+            host.promise(bytes, huge_pages, changes.clone())
+        } else {
+            host.promise_start(bytes, huge_pages, changes.clone())?
+        };
+        Ok(Self {
             changes,
             mem: None,
             balloon: None,
             promise,
             event_loop,
             asked: Arc::default(),
-        }
+        })
     }
 
     /// The memory device, if the machine has runtime memory.

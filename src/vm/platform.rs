@@ -13,6 +13,7 @@ use crate::machine::gsi::GsiError;
 use crate::machine::kvm::KvmError;
 use crate::machine::memslots::MemslotError;
 use crate::machine::vcpu::VcpuError;
+use crate::memory::host::HostMemoryError;
 use crate::memory::region::RamError;
 use crate::net::tap::TapError;
 use crate::pci::root::PciRootError;
@@ -149,6 +150,9 @@ pub enum BuildError {
     /// The RAM cannot be had.
     #[error(transparent)]
     Ram(#[from] RamError),
+    /// The RAM, with what other VMs have, exceeds a limit.
+    #[error(transparent)]
+    HostMemory(#[from] HostMemoryError),
     /// The RAM cannot be shown to the guest.
     #[error(transparent)]
     Memslot(#[from] MemslotError),

@@ -20,6 +20,7 @@ mod huge_pages;
 mod journal;
 mod labels;
 mod lifecycle;
+mod log_lines;
 mod memory;
 mod memory_host;
 mod memory_hostile;
@@ -41,6 +42,7 @@ use harness::kvm::{self, Verdict};
 
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
+    log_lines::install();
     let verdict = kvm::verdict();
     if let Verdict::Ignore(why) | Verdict::Fail(why) = &verdict {
         eprintln!("KVM tests cannot run: {why}");

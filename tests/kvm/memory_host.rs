@@ -242,6 +242,7 @@ fn a_size_that_cannot_be_stored_is_told_and_stored_later() -> Result<(), Failed>
 
 fn two_vms_are_not_promised_the_same_memory() -> Result<(), Failed> {
     let memory = HostMemory::limited_to(3 * GIB / 2 + 256 * MIB);
+    let third = Guest::make_sharing(elastic("third")?.startup_bytes(GIB), memory.clone())?;
     let guests = [
         Guest::make_sharing(elastic("first")?, memory.clone())?,
         Guest::make_sharing(elastic("second")?, memory)?,
@@ -250,6 +251,9 @@ fn two_vms_are_not_promised_the_same_memory() -> Result<(), Failed> {
         done(guest.vm.start())?;
         guest.shell()?;
     }
+    let refused = third.vm.start()?.wait(WITHIN).ok_or("the start goes on")?;
+    let told = refused.to_string();
+    assert!(told.contains("for all vms exceed the limit"), "{told}");
     let [first, second] = &guests;
     // Both at once: one of them gets it.
     let answers = thread::scope(|scope| {

@@ -4,11 +4,12 @@
 //! Boots are dear: each guest goes through many checks.
 
 use std::net::Ipv4Addr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
 use vm_lifecycle::config::{DiskSpec, NicSpec};
 use vm_lifecycle::event::{EventKind, NicRemoval};
+use vm_lifecycle::guest_log;
 use vm_lifecycle::state::State;
 use vm_lifecycle::vm::NicRequestError;
 use vm_lifecycle::vm::nic::{AddNicOutcome, NicInfo, NicState, RemoveNicOutcome};
@@ -17,6 +18,7 @@ use crate::Body;
 use crate::guest::{BOOT_WITHIN, Guest, WITHIN, done, small};
 use crate::harness::guest_shell::GuestShell;
 use crate::harness::tap::Tap;
+use crate::log_lines;
 use crate::nic::{add, complaints, ended, name, reached, remove, stop_listening};
 
 /// The trials of this file.
@@ -174,6 +176,18 @@ fn look_all_the_time(guest: &Guest, shell: &mut GuestShell, tap: &Tap) -> Result
 /// device, the console, the disk, empty slots, segments that do not exist.
 const NOBODYS: &str = "0 1 2 8 11 31 63 95 126 127 128 160 65545 2147483648 4294967295";
 
+/// Ejects of nothing are worth a line each, but not hundreds of lines.
+fn a_flood_of_nonsense_fills_no_log(shell: &mut GuestShell) -> Result<(), Failed> {
+    let (before, began) = (log_lines::count("pci-hotplug"), Instant::now());
+    shell.succeed("for i in $(seq 400); do devmem 0xfea01040 32 77; done")?;
+    let lines = log_lines::count("pci-hotplug") - before;
+    let windows = began.elapsed().as_secs() / guest_log::WINDOW.as_secs() + 2;
+    let most = u64::from(guest_log::BURST_COUNT) * windows;
+    assert!(lines <= most, "{lines} lines for 400 mistakes of the guest");
+    assert!(log_lines::count("pci-hotplug") > 0, "the host is told of some");
+    Ok(())
+}
+
 fn nonsense_in_the_registers() -> Result<(), Failed> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("disk.img");
@@ -193,6 +207,7 @@ fn nonsense_in_the_registers() -> Result<(), Failed> {
         "for n in {NOBODYS}; do devmem 0xfea01040 32 $n; devmem 0xfea01044 32 $n; \
          for w in 8 16 32 64; do devmem 0xfea01048 $w >/dev/null; devmem 0xfea01050 $w >/dev/null; done; done"
     ))?;
+    a_flood_of_nonsense_fills_no_log(&mut shell)?;
     // Everything but ejects, at every offset: the slots of the cards are 9 and 10.
     shell.succeed(
         "for o in $(seq 0 4 60) $(seq 68 4 220) 4092; do for w in 8 16 32 64; do \

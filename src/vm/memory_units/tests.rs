@@ -79,7 +79,8 @@ fn rig() -> Rig {
     };
     let host = HostMemory::default();
     let handle = event_loop.handle();
-    let mut units = MemoryUnits::new(&config, &host, Arc::new(ram), runtime, mailbox, handle);
+    let mut units =
+        MemoryUnits::new(&config, &host, Arc::new(ram), runtime, mailbox, handle).expect("there is no limit");
     let device: Box<dyn VirtioDevice> = Box::new(
         units
             .new_mem()
