@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Write;
 use std::net::Ipv4Addr;
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 
 use libtest_mimic::Failed;
 use serde_json::Value;
@@ -51,6 +51,19 @@ pub fn trials() -> Vec<Body> {
     ]
 }
 
+/// The program came to a good end and said `words` on its way.
+fn says(output: &Output, words: &str) {
+    let (said, errors) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    assert!(
+        output.status.success() && said.contains(words),
+        "{}: {said}\n{errors}",
+        output.status
+    );
+}
+
 fn boot_ends_with_the_guest() -> Result<(), Failed> {
     let kernel = GuestKernel::find(Flavour::Cloud)?;
     let cmdline = "console=ttyS0 quiet panic=-1 harness.modules=none harness.exit=poweroff";
@@ -59,14 +72,8 @@ fn boot_ends_with_the_guest() -> Result<(), Failed> {
         .arg(&kernel.initramfs)
         .arg(cmdline)
         .output()?;
-    let (said, errors) = (
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr),
-    );
-    assert!(
-        output.status.success() && said.contains(INIT_REACHED),
-        "{said}\n{errors}"
-    );
+    says(&output, INIT_REACHED);
+    let errors = String::from_utf8_lossy(&output.stderr);
     assert!(errors.contains("the guest ended: GuestPowerOff"), "{errors}");
     Ok(())
 }
@@ -79,14 +86,7 @@ fn hot_add_nic_adds_renames_and_removes() -> Result<(), Failed> {
         .arg(&kernel.initramfs)
         .arg(tap.name())
         .output()?;
-    let (said, errors) = (
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr),
-    );
-    assert!(
-        output.status.success() && said.contains("it is gone: the guest let go of it"),
-        "{said}\n{errors}"
-    );
+    says(&output, "it is gone: the guest let go of it");
     Ok(())
 }
 
@@ -100,15 +100,7 @@ fn a_vm_calls_for_what_its_threads_publish() -> Result<(), Failed> {
         .args([&kernel.elf, &kernel.initramfs, &disk])
         .arg(tap.name())
         .output()?;
-    let (said, errors) = (
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr),
-    );
-    assert!(
-        output.status.success() && said.contains("nothing that it had not published"),
-        "{}: {said}\n{errors}",
-        output.status
-    );
+    says(&output, "nothing that it had not published");
     Ok(())
 }
 
@@ -119,14 +111,7 @@ fn many_vms_leave_nothing_behind() -> Result<(), Failed> {
         .arg(&kernel.initramfs)
         .arg("20")
         .output()?;
-    let (said, errors) = (
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr),
-    );
-    assert!(
-        output.status.success() && said.contains("20 guests run"),
-        "{said}\n{errors}"
-    );
+    says(&output, "20 guests run");
     Ok(())
 }
 
