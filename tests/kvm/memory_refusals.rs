@@ -275,7 +275,7 @@ fn a_driver_that_comes_anew_unplugs_everything_first() -> Result<(), Failed> {
     })?;
     assert_eq!(reach(&guest, 512 * MIB)?.reached_bytes, 512 * MIB);
     // Linux takes no more than 1 GiB that nobody puts to use (its `offline_threshold`). It keeps what it has by then.
-    let outcome = resize(&guest, 4 * GIB, brief(4, AtDeadline::Withdraw))?;
+    let outcome = resize(&guest, 4 * GIB, brief(8, AtDeadline::Withdraw))?;
     assert_eq!(
         (outcome.reason, outcome.reached_bytes),
         (MemoryReason::GuestRefused, 512 * MIB + GIB)
