@@ -55,7 +55,7 @@ fn serves_commands(flavour: Flavour) -> Result<(), Failed> {
     let late = shell.run_within("sleep 2; echo late", Duration::from_millis(100));
     assert!(matches!(late, Err(ShellError::TimedOut { .. })), "{late:?}");
     assert_eq!(shell.succeed("echo next")?, "next", "a late answer is skipped");
-    shell.wait_until("test -e /sys/class/virtio-ports", Duration::from_secs(5))?;
+    shell.wait_until("test -e /sys/class/virtio-ports", Duration::from_secs(60))?;
     assert!(guest.console().contains(INIT_REACHED), "{}", guest.console());
     assert!(resources::vm_exit_count(guest.pid())? > 1_000);
     assert!(Usage::of_process(guest.pid())?.thread_count >= 2);
