@@ -14,7 +14,7 @@ use crate::ids::NicName;
 use crate::vm::Vm;
 use crate::vm::error::{NicRequestError, RequestError};
 use crate::vm::operation::{Ended, ErrorChain, Operation};
-use crate::vm::ops::{nic, nic_change};
+use crate::vm::ops::{nic, nic_add, nic_change, nic_remove};
 use crate::vm::platform::BuildError;
 
 pub use crate::vm::card::NicState;
@@ -158,7 +158,7 @@ impl Vm {
         nic: NicSpec,
         within: Duration,
     ) -> Result<(NicInfo, Operation<AddNicOutcome>), NicRequestError> {
-        self.act(move |vm| nic::add(vm, nic, within))?
+        self.act(move |vm| nic_add::add(vm, nic, within))?
     }
 
     /// Asks the guest to let go of the network card called `name`. Allowed as [`Vm::add_nic`] is.
@@ -178,7 +178,7 @@ impl Vm {
         within: Duration,
     ) -> Result<Operation<RemoveNicOutcome>, NicRequestError> {
         let name = name.clone();
-        self.act(move |vm| nic::remove(vm, &name, within))?
+        self.act(move |vm| nic_remove::remove(vm, &name, within))?
     }
 
     /// Takes the network card called `name` from the guest without asking, as if it broke. Allowed as [`Vm::add_nic`]
@@ -189,7 +189,7 @@ impl Vm {
     /// As [`Vm::remove_nic`].
     pub fn force_remove_nic(&self, name: &NicName) -> Result<Operation<RemoveNicOutcome>, NicRequestError> {
         let name = name.clone();
-        self.act(move |vm| nic::force_remove(vm, &name))?
+        self.act(move |vm| nic_remove::force_remove(vm, &name))?
     }
 
     /// Offers the guest the network card called `name` again: one that it let go of without being asked comes back, and

@@ -8,7 +8,7 @@ use super::mailbox::Message;
 use super::nic::{AddNicOutcome, NicState, RemoveNicOutcome};
 use super::nic_tests::{SOON, add, name, names, remove, removed, spec, started, told, wait_until};
 use super::operation::{Ended, Outcome};
-use super::ops::{nic, nic_change, power};
+use super::ops::{nic_add, nic_change, nic_remove, power};
 use super::supervisor::Supervisor;
 use super::*;
 use crate::config::NicSpec;
@@ -118,9 +118,9 @@ fn what_cannot_be_stored_takes_no_other_card_along() {
     let folder = tempfile::tempdir().expect("a folder");
     let (mut vm, receiver, _platform) = driven(&folder);
     drop(folder);
-    let (_, first) = nic::add(&mut vm, spec("first"), SOON).expect("there is room");
-    let gone = nic::remove(&mut vm, &name("first"), SOON).expect("it is there");
-    let (second, kept) = nic::add(&mut vm, spec("second one"), SOON).expect("there is room");
+    let (_, first) = nic_add::add(&mut vm, spec("first"), SOON).expect("there is room");
+    let gone = nic_remove::remove(&mut vm, &name("first"), SOON).expect("it is there");
+    let (second, kept) = nic_add::add(&mut vm, spec("second one"), SOON).expect("there is room");
     assert_eq!(second.config.bdf.slot(), 9, "the place of the first");
     let first_failed = || first.outcome().is_some() && gone.outcome().is_some();
     // Who stores last is not known, but each fails.
@@ -164,7 +164,7 @@ fn the_document_holds_a_card_when_it_is_there_and_until_it_is_gone() {
     let next = |vm: &mut Supervisor| vm.handle(receiver.recv_timeout(SOON).expect("a report"));
     power::start(&mut vm);
     next(&mut vm);
-    let (info, adding) = nic::add(&mut vm, spec("Fred"), SOON).expect("there is room");
+    let (info, adding) = nic_add::add(&mut vm, spec("Fred"), SOON).expect("there is room");
     assert!(!holds(), "it is being added");
     wait_until("the worker", || platform.control().nics().len() == 2);
     assert!(!holds(), "the guest could see it, and nobody was told");
@@ -172,7 +172,7 @@ fn the_document_holds_a_card_when_it_is_there_and_until_it_is_gone() {
     assert!(adding.outcome().is_none());
     next(&mut vm);
     assert!(holds(), "it is stored before the guest is told");
-    let removal = nic::remove(&mut vm, &name("Fred"), SOON).expect("it is there");
+    let removal = nic_remove::remove(&mut vm, &name("Fred"), SOON).expect("it is there");
     assert!(holds(), "the guest may keep it");
     platform.control().eject(info.config.bdf);
     while removal.outcome().is_none() {

@@ -23,7 +23,7 @@ use crate::vm::halt::Halt;
 use crate::vm::mailbox::{Mailbox, Message, Notice, Notices, Report, Request};
 use crate::vm::operation::{Ended, Operation, OperationKind, Outcome};
 use crate::vm::ops::memory::MemoryWork;
-use crate::vm::ops::{self, memory, nic, power};
+use crate::vm::ops::{self, memory, nic_add, nic_remove, power};
 use crate::vm::platform::{Machine, Platform};
 use crate::vm::shared::Shared;
 use crate::vm::thread_role::ThreadRole;
@@ -231,12 +231,12 @@ impl Supervisor {
             Notice::Memory => memory::look(self),
             Notice::HostMemory => memory::host_freed(self),
             Notice::DriverReady { unit, ready } => {
-                nic::driver_ready(self, &unit, ready);
+                nic_add::driver_ready(self, &unit, ready);
                 self.tell_of_guest(EventKind::DriverReady { unit, ready });
             }
-            Notice::Ejected { bdf, asked } => nic::ejected(self, bdf, asked),
+            Notice::Ejected { bdf, asked } => nic_remove::ejected(self, bdf, asked),
             Notice::NeedsReset { unit, reason } => {
-                nic::driver_ready(self, &unit, false);
+                nic_add::driver_ready(self, &unit, false);
                 self.tell_of_guest(EventKind::DeviceNeedsReset { unit, reason });
             }
         }

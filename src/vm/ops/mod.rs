@@ -2,7 +2,9 @@
 
 pub(super) mod memory;
 pub(super) mod nic;
+pub(super) mod nic_add;
 pub(super) mod nic_change;
+pub(super) mod nic_remove;
 pub(super) mod power;
 
 use crate::ids::OperationId;

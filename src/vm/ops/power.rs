@@ -23,7 +23,7 @@ use crate::vm::error::OperationError;
 use crate::vm::halt::{HALT_WITHIN, Halt};
 use crate::vm::mailbox::Report;
 use crate::vm::operation::{OperationKind, Outcome};
-use crate::vm::ops::{memory, nic};
+use crate::vm::ops::{memory, nic, nic_remove};
 use crate::vm::platform::{BuildError, Machine};
 use crate::vm::supervisor::Supervisor;
 use crate::vm::thread_role::ThreadRole;
@@ -214,7 +214,7 @@ pub fn units_quiet(vm: &mut Supervisor, number: u64) {
     if halt.reset.is_none() {
         return stand(vm);
     }
-    let going = nic::going_with_reset(vm);
+    let going = nic_remove::going_with_reset(vm);
     let work = move || {
         // Before the guest looks for its cards again.
         for unit in going {
@@ -247,7 +247,7 @@ pub fn reset_done(vm: &mut Supervisor, result: Result<(), BuildError>) {
                 .unwrap_or(ResetCause::Host);
             vm.publish(EventKind::Reset { cause });
             memory::started(vm);
-            nic::gone_with_reset(vm);
+            nic_remove::gone_with_reset(vm);
             stand(vm);
         }
     }

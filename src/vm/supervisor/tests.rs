@@ -83,7 +83,7 @@ fn power_off(supervisor: &mut Supervisor) -> Operation {
 fn hang_at_a_card(platform: &FakePlatform, supervisor: &mut Supervisor) -> Operation<AddNicOutcome> {
     platform.control().hang(true);
     let card = crate::config::NicSpec::new("lan", "tap0");
-    let added = nic::add(supervisor, card, Duration::MAX);
+    let added = nic_add::add(supervisor, card, Duration::MAX);
     added.expect("a running vm takes cards").1
 }
 
