@@ -17,6 +17,7 @@ mod guest_image;
 mod hostile;
 mod hotplug;
 mod huge_pages;
+mod hung_disk;
 mod journal;
 mod labels;
 mod lifecycle;
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
         boot::trials(),
         lifecycle::trials(),
         block::trials(),
+        hung_disk::trials(),
         net::trials(),
         memory_refusals::trials(),
         memory_host::trials(),

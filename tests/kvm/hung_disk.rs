@@ -1,0 +1,148 @@
+//! A disk that does not answer: a device-mapper volume that is suspended under a guest that writes.
+//!
+//! What is in flight is the kernel's then, and no call of ours gets it back before the volume goes on. Nobody may wait
+//! for that who need not.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use libtest_mimic::Failed;
+use vm_lifecycle::config::DiskSpec;
+use vm_lifecycle::state::State;
+use vm_lifecycle::vm::operation::Outcome;
+
+use crate::Body;
+use crate::guest::{BOOT_WITHIN, Guest, WITHIN, done, small};
+use crate::harness::guest_shell::GuestShell;
+use crate::harness::wait::wait_for;
+
+/// The trials of this file.
+pub fn trials() -> Vec<Body> {
+    vec![Body::new(
+        "hung_disk::who_need_not_wait_does_not",
+        who_need_not_wait_does_not,
+    )]
+}
+
+const BYTES: u64 = 64 << 20;
+
+/// A volume of device-mapper over a loop device over a file; all of it goes with the value.
+struct Volume {
+    _folder: tempfile::TempDir,
+    device: String,
+    name: String,
+}
+
+impl Volume {
+    fn create() -> Result<Self, Failed> {
+        let folder = tempfile::tempdir()?;
+        let file = folder.path().join("file");
+        File::create(&file)?.set_len(BYTES)?;
+        let device = run("losetup", &["--find", "--show", &file.to_string_lossy()])?;
+        let volume = Self {
+            _folder: folder,
+            name: format!("vm-lifecycle-{}", std::process::id()),
+            device: device.trim().to_owned(),
+        };
+        let table = format!("0 {} linear {} 0", BYTES / 512, volume.device);
+        run("dmsetup", &["create", &volume.name, "--table", &table])?;
+        run("dmsetup", &["mknodes"])?;
+        Ok(volume)
+    }
+
+    fn path(&self) -> PathBuf {
+        Path::new("/dev/mapper").join(&self.name)
+    }
+
+    /// Requests that come from now on wait, and are neither done nor failed.
+    fn hang(&self) -> Result<(), Failed> {
+        run("dmsetup", &["suspend", "--noflush", "--nolockfs", &self.name]).map(drop)
+    }
+
+    fn go_on(&self) -> Result<(), Failed> {
+        run("dmsetup", &["resume", &self.name]).map(drop)
+    }
+}
+
+impl Drop for Volume {
+    fn drop(&mut self) {
+        let undone = [
+            run("dmsetup", &["resume", &self.name]),
+            run("dmsetup", &["remove", "--retry", &self.name]),
+            run("losetup", &["--detach", &self.device]),
+        ];
+        for error in undone.into_iter().filter_map(Result::err) {
+            eprintln!("{error:?}");
+        }
+    }
+}
+
+fn run(program: &str, arguments: &[&str]) -> Result<String, Failed> {
+    let mut command = Command::new(program);
+    command
+        .args(arguments)
+        .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin");
+    let output = command.output()?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    Err(format!(
+        "{program} {arguments:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    )
+    .into())
+}
+
+/// Has the guest write its disk anew, from `mib` on, while the volume hangs, and waits until that is under way.
+fn write_in_vain(guest: &Guest, shell: &mut GuestShell, mib: u64) -> Result<(), Failed> {
+    shell.succeed(&format!(
+        "rm -f /tmp/wrote; (dd if=/dev/urandom of=/tmp/data bs=1M count=4 && \
+         dd if=/tmp/data of=/dev/vda bs=1M seek={mib} oflag=direct conv=notrunc && touch /tmp/wrote) >/dev/null 2>&1 &"
+    ))?;
+    let disk = guest.vm.config().disks()[0].unit_name();
+    let under_way = wait_for(WITHIN, "a request that hangs", || {
+        let in_flight = guest.unit(&disk).ok()?["device"]["in_flight"].as_u64()?;
+        (in_flight > 0).then_some(())
+    });
+    under_way.map_err(|error| error.to_string().into())
+}
+
+fn who_need_not_wait_does_not() -> Result<(), Failed> {
+    let volume = Volume::create()?;
+    let builder = small("hung")?.disk(DiskSpec::new("data", volume.path()));
+    let (guest, mut shell) = Guest::boot(builder)?;
+    shell.succeed("yes kept | dd of=/dev/vda bs=1M count=4 iflag=fullblock oflag=direct conv=fsync")?;
+    let kept = "dd if=/dev/vda bs=1M count=4 iflag=direct 2>/dev/null | md5sum";
+    let sum = shell.succeed(kept)?;
+
+    // A pause waits for what is in flight, and the VM tells how it is meanwhile; then all of it is on the disk.
+    volume.hang()?;
+    write_in_vain(&guest, &mut shell, 8)?;
+    let pause = guest.vm.pause()?;
+    guest.vm.inspect()?;
+    assert_eq!(
+        (guest.vm.state(), pause.outcome().is_none()),
+        (State::Pausing, true)
+    );
+    volume.go_on()?;
+    assert!(matches!(pause.wait(WITHIN), Some(Outcome::Done)), "{pause:?}");
+    done(guest.vm.resume())?;
+    shell.wait_until("test -e /tmp/wrote", WITHIN)?;
+    shell.succeed("dd if=/dev/vda bs=1M skip=8 count=4 iflag=direct 2>/dev/null | cmp - /tmp/data")?;
+
+    // Whoever cuts the power does not wait for the disk, which nobody else gets before it has answered.
+    volume.hang()?;
+    write_in_vain(&guest, &mut shell, 16)?;
+    drop(guest.vm.pause()?);
+    done(guest.vm.power_off())?;
+    guest.wait_for(State::Off)?;
+    let refused = guest.vm.start()?.wait(WITHIN).ok_or("the start goes on")?;
+    assert!(refused.to_string().contains("in use"), "{refused}");
+    volume.go_on()?;
+    wait_for(WITHIN, "the disk to be free", || done(guest.vm.start()).ok())?;
+    let mut shell = guest.shell()?;
+    shell.run_within("true", BOOT_WITHIN)?;
+    assert_eq!(shell.succeed(kept)?, sum);
+    done(guest.vm.shut_down(WITHIN))
+}
