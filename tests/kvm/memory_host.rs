@@ -74,14 +74,15 @@ fn what_a_guest_gives_back_returns_to_the_host() -> Result<(), Failed> {
     let builder = elastic("return")?.startup_bytes(ram_bytes);
     let (guest, mut shell) = Guest::boot(builder.maximum_bytes(ram_bytes + 1024 * MIB))?;
     let resident = || guest.vm.memory().map(|memory| memory.resident_bytes);
-    // Below the start-up size: the host's own books beside ours.
+    // Below the start-up size: the host's own books beside ours. What is left of a huge page that was given back in part
+    // leaves the page tables until it is touched, and costs memory all the same.
     let agree = || -> Result<u64, Failed> {
         let (mapped, counted) = (mapped_bytes(ram_bytes)?, resident()?);
         assert!(
-            mapped.abs_diff(counted) <= 8 * MIB,
+            (counted.saturating_sub(64 * MIB)..=counted + 8 * MIB).contains(&mapped),
             "{mapped} bytes by the host's page tables, {counted} by ours"
         );
-        Ok(mapped)
+        Ok(mapped.max(counted))
     };
     fill(&mut shell, 296)?;
     let full = agree()?;
@@ -89,9 +90,8 @@ fn what_a_guest_gives_back_returns_to_the_host() -> Result<(), Failed> {
     // Memory that the guest does not use any more is reported by it, 2 MiB at a time: what is less stays.
     shell.succeed("rm /load/file")?;
     wait_for(WITHIN, "free pages to be reported", || {
-        mapped_bytes(ram_bytes)
-            .ok()
-            .filter(|now| *now + 296 * MIB <= full + 24 * MIB)
+        let now = mapped_bytes(ram_bytes).ok()?.max(resident().ok()?);
+        (now + 296 * MIB <= full + 24 * MIB).then_some(())
     })?;
     fill(&mut shell, 296)?;
     shell.succeed("rm /load/file")?;
