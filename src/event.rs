@@ -240,14 +240,19 @@ impl EventLog {
             None => false,
         });
     }
+
+    /// Nothing is published any more. A thread that a hung host holds may hold this too, and nobody shall wait for it.
+    pub fn close(&mut self) {
+        for stream in std::mem::take(&mut self.streams).iter().filter_map(Weak::upgrade) {
+            stream.lock().closed = true;
+            stream.arrived.notify_all();
+        }
+    }
 }
 
 impl Drop for EventLog {
     fn drop(&mut self) {
-        for stream in self.streams.iter().filter_map(Weak::upgrade) {
-            stream.lock().closed = true;
-            stream.arrived.notify_all();
-        }
+        self.close();
     }
 }
 

@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::num::{IntErrorKind, ParseIntError};
 use std::path::PathBuf;
 
 use vm_lifecycle::config::{DiskSpec, NicSpec, VmConfig, VmConfigBuilder};
@@ -47,12 +48,13 @@ fn new_vm(options: Vec<(String, String)>) -> Result<VmConfigBuilder, String> {
             .map(|(_, value)| value.clone())
             .ok_or_else(|| format!("a new vm needs {wanted}"))
     };
-    let mut builder = VmConfig::builder(required("--name")?, absolute(&required("--kernel")?)?);
+    let kernel = absolute(&required("--kernel")?).map_err(|error| format!("--kernel: {error}"))?;
+    let mut builder = VmConfig::builder(required("--name")?, kernel);
     for (option, value) in options {
         let failed = |error: &dyn std::fmt::Display| format!("{option} {value:?}: {error}");
         builder = match option.as_str() {
             "--name" | "--kernel" => builder,
-            "--initrd" => builder.initrd(absolute(&value)?),
+            "--initrd" => builder.initrd(absolute(&value).map_err(|error| failed(&error))?),
             "--cmdline" => builder.cmdline(&value),
             "--cpus" => builder.cpus(value.parse().map_err(|error| failed(&error))?),
             "--memory" => builder.startup_bytes(size(&value).map_err(|error| failed(&error))?),
@@ -83,16 +85,18 @@ pub fn size(text: &str) -> Result<u64, String> {
         Some(b'T' | b't') => (&text[..text.len() - 1], 40),
         _ => (text, 0),
     };
+    let too_much = || "2^64 bytes or more".to_owned();
     let number: u64 = digits
         .parse()
-        .map_err(|_| "expected a number with K, M, G or T behind it".to_owned())?;
-    number
-        .checked_mul(1 << shift)
-        .ok_or_else(|| "more than 16 EiB".to_owned())
+        .map_err(|error: ParseIntError| match error.kind() {
+            IntErrorKind::PosOverflow => too_much(),
+            _ => "expected a number of bytes, or one with K, M, G or T behind it".to_owned(),
+        })?;
+    number.checked_mul(1 << shift).ok_or_else(too_much)
 }
 
-/// The `key=value` pairs and bare words of a device option. A comma in a value is written twice.
-fn fields(text: &str) -> impl Iterator<Item = (String, Option<String>)> {
+/// The `key=value` pairs and bare words of a device option, each given once. A comma in a value is written twice.
+fn fields(text: &str) -> Result<Vec<(String, Option<String>)>, String> {
     let mut parts = vec![String::new()];
     let mut characters = text.chars().peekable();
     while let Some(character) = characters.next() {
@@ -104,22 +108,30 @@ fn fields(text: &str) -> impl Iterator<Item = (String, Option<String>)> {
             None => {}
         }
     }
-    parts.into_iter().map(|part| match part.split_once('=') {
-        Some((key, value)) => (key.to_owned(), Some(value.to_owned())),
-        None => (part, None),
-    })
+    let mut fields: Vec<(String, Option<String>)> = Vec::new();
+    for part in parts {
+        let (key, value) = match part.split_once('=') {
+            Some((key, value)) => (key.to_owned(), Some(value.to_owned())),
+            None => (part, None),
+        };
+        if fields.iter().any(|(other, _)| *other == key) {
+            return Err(format!("{key:?} is given twice"));
+        }
+        fields.push((key, value));
+    }
+    Ok(fields)
 }
 
 fn disk(text: &str) -> Result<DiskSpec, String> {
     let (mut name, mut path, mut read_only) = (None, None, false);
-    for field in fields(text) {
+    for field in fields(text)? {
         match (field.0.as_str(), field.1) {
             ("name", Some(value)) => name = Some(value),
             ("path", Some(value)) => path = Some(value),
             ("readonly", None) => read_only = true,
             (key, _) => {
                 return Err(format!(
-                    "unknown field {key:?}; expected name=N,path=P[,readonly]"
+                    "{key:?} is no field, has no value or wants none; expected name=N,path=P[,readonly]"
                 ));
             }
         }
@@ -134,12 +146,16 @@ fn disk(text: &str) -> Result<DiskSpec, String> {
 /// A network card.
 pub fn nic(text: &str) -> Result<NicSpec, String> {
     let (mut name, mut tap, mut mac) = (None, None, None);
-    for field in fields(text) {
+    for field in fields(text)? {
         match (field.0.as_str(), field.1) {
             ("name", Some(value)) => name = Some(value),
             ("tap", Some(value)) => tap = Some(value),
             ("mac", Some(value)) => mac = Some(value),
-            (key, _) => return Err(format!("unknown field {key:?}; expected name=N,tap=T[,mac=M]")),
+            (key, _) => {
+                return Err(format!(
+                    "{key:?} is no field or has no value; expected name=N,tap=T[,mac=M]"
+                ));
+            }
         }
     }
     let spec = NicSpec::new(name.ok_or("name= is missing")?, tap.ok_or("tap= is missing")?);

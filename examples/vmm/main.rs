@@ -23,7 +23,7 @@ mod words;
 
 use std::fs::File;
 use std::io::{self, BufReader, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -57,7 +57,13 @@ impl Console {
 impl HostDevices for Console {
     fn serial_output(&self, _vm: &VmConfig) -> io::Result<Box<dyn Write + Send>> {
         match &self.path {
-            Some(path) => Ok(Box::new(File::options().create(true).append(true).open(path)?)),
+            Some(path) => {
+                let mut options = File::options();
+                // A pipe that is opened for both ways does not wait for its reader, who may be away for a while.
+                let is_pipe = std::fs::metadata(path).is_ok_and(|found| found.file_type().is_fifo());
+                let file = options.create(true).append(true).read(is_pipe).open(path)?;
+                Ok(Box::new(file))
+            }
             None => Ok(Box::new(io::sink())),
         }
     }
@@ -77,14 +83,17 @@ fn main() -> ExitCode {
 }
 
 fn make_vm() -> Result<Vm, Box<dyn std::error::Error>> {
-    let arguments = Arguments::parse(std::env::args().skip(1))?;
+    let words = std::env::args_os().skip(1);
+    let words: Result<Vec<_>, _> = words.map(|word| word.into_string()).collect();
+    let words = words.map_err(|word| format!("the argument {word:?} is not UTF-8"))?;
+    let arguments = Arguments::parse(words.into_iter())?;
     let console = Console {
         path: arguments.console,
     };
     // A console file that cannot be written is told now, not at the first start.
     console
         .check()
-        .map_err(|error| format!("the console file cannot be opened: {error}"))?;
+        .map_err(|error| format!("--console {:?}: {error}", console.path))?;
     let platform = Arc::new(KvmPlatform::new(console));
     Ok(match arguments.new_vm {
         Some(config) => Vm::create(&arguments.state_dir, config.build()?, platform)?,

@@ -13,7 +13,7 @@ use crate::arguments::size;
 use crate::commands::{DEFAULT_SECONDS, PATIENCE, parse_seconds};
 use crate::session::Input;
 
-/// The six numbers, in bytes.
+/// The six numbers, in bytes, and whether the VM's directory has what is requested.
 pub fn status(vm: &Vm) -> Result<Value, String> {
     let memory = vm.memory().map_err(|error| error.to_string())?;
     let MemoryStatus {
@@ -23,12 +23,11 @@ pub fn status(vm: &Vm) -> Result<Value, String> {
         assigned_bytes,
         guest_total_bytes,
         resident_bytes,
-        // An event tells when it is not.
-        stored: _,
+        stored,
     } = memory;
     Ok(json!({
         "startup": startup_bytes, "maximum": maximum_bytes, "requested": requested_bytes, "assigned": assigned_bytes,
-        "guest_total": guest_total_bytes, "resident": resident_bytes,
+        "guest_total": guest_total_bytes, "resident": resident_bytes, "stored": stored,
     }))
 }
 
@@ -45,7 +44,7 @@ pub struct Resize {
 /// # Errors
 /// The answer, where the command is answered at once.
 pub fn begin(vm: &Vm, target: &str, seconds: Option<&str>) -> Result<Resize, Result<Value, String>> {
-    let target_bytes = size(target).map_err(Err)?;
+    let target_bytes = size(target).map_err(|error| Err(format!("size {target:?}: {error}")))?;
     let within = seconds.map_or(Ok(Duration::from_secs(DEFAULT_SECONDS)), parse_seconds);
     let within = within.map_err(Err)?;
     let options = ResizeOptions {

@@ -198,7 +198,8 @@ impl Vm {
 
     /// Asks the guest to shut itself down, by the ACPI power button. Allowed in Running. The operation is done when
     /// the guest is off; after `within` it ends with [`operation::Outcome::DeadlinePassed`] and the guest, which may
-    /// still obey, is left as it is.
+    /// still obey, is left as it is. The button is pressed once: a guest that does not listen yet, as while it boots,
+    /// does not hear of it, and has to be asked again.
     ///
     /// # Errors
     /// [`RequestError`] when the state or another operation forbids it.

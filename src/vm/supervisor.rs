@@ -119,6 +119,8 @@ impl Supervisor {
                 Err(RecvTimeoutError::Disconnected) => break,
             }
         }
+        let mut events = self.shared.events.lock().unwrap_or_else(PoisonError::into_inner);
+        events.close();
     }
 
     /// Does `act`, which may call code of the embedder's. A panic in it ends the guest by name, and whoever waits for an

@@ -226,6 +226,34 @@ impl Platform for HoldingPlatform {
     }
 }
 
+/// A platform whose host never answers.
+struct HungPlatform(std::sync::Mutex<std::sync::mpsc::Receiver<()>>);
+
+impl Platform for HungPlatform {
+    fn check(&self, _config: &VmConfig) -> Result<(), BuildError> {
+        Ok(())
+    }
+
+    fn build(&self, _config: &VmConfig, _mailbox: Mailbox) -> Result<Arc<dyn Machine>, BuildError> {
+        // Until the test is over.
+        let _ = self.0.lock().expect("no panic while locked").recv();
+        Err(BuildError::Panicked)
+    }
+}
+
+#[test]
+fn a_host_that_hangs_holds_neither_the_last_handle_nor_an_event_stream() {
+    let (sender, receiver) = channel();
+    let platform = HungPlatform(std::sync::Mutex::new(receiver));
+    let vm = Vm::new(config(), Arc::new(platform)).expect("nothing is built yet");
+    let events = vm.events();
+    drop(vm.start().expect("an off vm can be started"));
+    drop(vm);
+    while events.next(SOON).is_some() {}
+    assert!(events.is_closed(), "it waits for the host");
+    drop(sender);
+}
+
 #[test]
 fn the_last_handle_may_go_on_a_worker_of_its_own_vm() {
     let (sender, receiver) = channel();

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::Write;
 use std::net::Ipv4Addr;
+use std::os::unix::fs::OpenOptionsExt;
 use std::process::{Command, Output, Stdio};
 
 use libtest_mimic::Failed;
@@ -166,13 +167,18 @@ fn vmm_obeys_text_and_keeps_its_vm() -> Result<(), Failed> {
             .any(|event| event["event"] == "reset" && event["cause"] == "host")
     );
 
-    // It is there again, and the end of input ends it.
-    let mut vmm = Vmm::start(&["--state-dir", &state])?;
+    // It is there again, and the end of input ends it, also when nobody reads the guest's console any more.
+    let pipe = places.path("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status()?.success());
+    let mut reader = fs::File::options();
+    let reader = reader.read(true).custom_flags(libc::O_NONBLOCK).open(&pipe)?;
+    let mut vmm = Vmm::start(&["--state-dir", &state, "--console", &pipe])?;
     let again = vmm.accept("status")?;
     assert_eq!(
         (&again["name"], &again["disks"]),
         (&status["name"], &status["disks"])
     );
+    drop(reader);
     vmm.accept("start")?;
     drop(vmm.input);
     assert!(vmm.child.wait()?.success());

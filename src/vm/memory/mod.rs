@@ -105,7 +105,8 @@ pub enum MemoryReason {
     Host,
     /// The guest has no driver for what was to be done.
     DriverAbsent,
-    /// The guest was still moving at the deadline.
+    /// The guest was still moving at the deadline, or stood still with its VM. Of a VM that is off: its directory had not
+    /// taken its setting yet, and may still.
     Deadline,
     /// Another target took its place.
     Withdrawn,

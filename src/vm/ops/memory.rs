@@ -238,8 +238,8 @@ pub fn deadline_passed(vm: &mut Supervisor, id: OperationId) {
         return;
     };
     let reason = if is_off {
-        // A disk that hangs may still store it.
-        MemoryReason::NotStored
+        // Its directory may still take it.
+        MemoryReason::Deadline
     } else if pending.plan.is_reached(&now) {
         // Only its total the guest did not tell.
         MemoryReason::Complete
