@@ -94,16 +94,23 @@ fn run(program: &str, arguments: &[&str]) -> Result<String, Failed> {
     .into())
 }
 
-/// Has the guest write its disk anew, from `mib` on, while the volume hangs, and waits until that is under way.
+/// Has the guest write its disk anew, from `mib` on, while the volume hangs, and waits until its flush is under way: what
+/// it writes without one may stay in the host's cache.
 fn write_in_vain(guest: &Guest, shell: &mut GuestShell, mib: u64) -> Result<(), Failed> {
+    let disk = guest.vm.config().disks()[0].unit_name();
+    let told = || -> Result<(u64, u64), Failed> {
+        let device = &guest.unit(&disk)?["device"];
+        let number = |name: &str| device[name].as_u64().ok_or("the device tells");
+        Ok((number("written_bytes")?, number("in_flight")?))
+    };
+    let (before, _) = told()?;
     shell.succeed(&format!(
         "rm -f /tmp/wrote; (dd if=/dev/urandom of=/tmp/data bs=1M count=4 && \
-         dd if=/tmp/data of=/dev/vda bs=1M seek={mib} oflag=direct conv=notrunc && touch /tmp/wrote) >/dev/null 2>&1 &"
+         dd if=/tmp/data of=/dev/vda bs=1M seek={mib} oflag=direct conv=notrunc,fsync && touch /tmp/wrote) >/dev/null 2>&1 &"
     ))?;
-    let disk = guest.vm.config().disks()[0].unit_name();
-    let under_way = wait_for(WITHIN, "a request that hangs", || {
-        let in_flight = guest.unit(&disk).ok()?["device"]["in_flight"].as_u64()?;
-        (in_flight > 0).then_some(())
+    let under_way = wait_for(WITHIN, "a flush that hangs", || {
+        let (written, in_flight) = told().ok()?;
+        (written == before + (4 << 20) && in_flight > 0).then_some(())
     });
     under_way.map_err(|error| error.to_string().into())
 }
