@@ -326,7 +326,7 @@ pub fn workers_hang(vm: &mut Supervisor) {
     vm.hung_at = None;
     if vm.state == State::Stopping {
         if vm.worker.take().is_some() {
-            log::error!("the worker that prepares the vm's machine hangs: nobody waits for it any more");
+            log::error!("the worker that has the vm's machine hangs: nobody waits for it any more");
             // Its report is one of the past from now on.
             let _ = vm.new_generation();
         }
@@ -369,13 +369,16 @@ fn tear_down(vm: &mut Supervisor) {
         Report::TornDown
     };
     // Without a thread the machine goes here, with the closure: slower, but the VM ends.
-    if spawn(vm, "vm-teardown", work, Report::TornDown).is_err() {
-        torn_down(vm);
+    match spawn(vm, "vm-teardown", work, Report::TornDown) {
+        // Closing a disk waits for what the host has not written to it yet.
+        Ok(()) => wait_for_workers(vm),
+        Err(_) => torn_down(vm),
     }
 }
 
 /// Nothing of the machine is left.
 pub fn torn_down(vm: &mut Supervisor) {
+    vm.hung_at = None;
     join(vm.worker.take());
     if let Some(cause) = vm.end_cause.take() {
         vm.publish(EventKind::Ended { cause });
