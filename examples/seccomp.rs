@@ -60,7 +60,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         .build()?;
     let vm = Vm::new(config, Arc::new(KvmPlatform::new(Filtered)))?;
     done(&vm.start()?)?;
-    done(&vm.resize_memory(1 << 30, ResizeOptions::default())?)?;
+    let options = ResizeOptions {
+        within: WITHIN,
+        ..ResizeOptions::default()
+    };
+    done(&vm.resize_memory(1 << 30, options)?)?;
     let (card, added) = vm.add_nic(NicSpec::new("Fred", tap), WITHIN)?;
     done(&added)?;
     done(&vm.remove_nic(&card.config.name, WITHIN)?)?;

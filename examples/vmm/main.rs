@@ -23,7 +23,7 @@ mod words;
 
 use std::fs::File;
 use std::io::{self, BufReader, Write};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -45,27 +45,23 @@ struct Console {
 }
 
 impl Console {
-    /// Checks that the file can be written. Does not wait, as opening a pipe without a reader otherwise would.
-    fn check(&self) -> io::Result<()> {
+    /// Opens the file, or a sink where there is none. A pipe is opened for both ways: that does not wait for its reader,
+    /// who may be away for a while.
+    fn open(&self) -> io::Result<Box<dyn Write + Send>> {
+        let Some(path) = &self.path else {
+            return Ok(Box::new(io::sink()));
+        };
+        let is_pipe = std::fs::metadata(path).is_ok_and(|found| found.file_type().is_fifo());
         let mut options = File::options();
-        options.create(true).append(true).custom_flags(libc::O_NONBLOCK);
-        self.path.as_ref().map(|path| options.open(path)).transpose()?;
-        Ok(())
+        let file = options.create(true).append(true).read(is_pipe).open(path);
+        let named = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
+        Ok(Box::new(file.map_err(named)?))
     }
 }
 
 impl HostDevices for Console {
     fn serial_output(&self, _vm: &VmConfig) -> io::Result<Box<dyn Write + Send>> {
-        match &self.path {
-            Some(path) => {
-                let mut options = File::options();
-                // A pipe that is opened for both ways does not wait for its reader, who may be away for a while.
-                let is_pipe = std::fs::metadata(path).is_ok_and(|found| found.file_type().is_fifo());
-                let file = options.create(true).append(true).read(is_pipe).open(path)?;
-                Ok(Box::new(file))
-            }
-            None => Ok(Box::new(io::sink())),
-        }
+        self.open()
     }
 }
 
@@ -91,9 +87,7 @@ fn make_vm() -> Result<Vm, Box<dyn std::error::Error>> {
         path: arguments.console,
     };
     // A console file that cannot be written is told now, not at the first start.
-    console
-        .check()
-        .map_err(|error| format!("--console {:?}: {error}", console.path))?;
+    console.open().map_err(|error| format!("--console {error}"))?;
     let platform = Arc::new(KvmPlatform::new(console));
     Ok(match arguments.new_vm {
         Some(config) => Vm::create(&arguments.state_dir, config.build()?, platform)?,

@@ -207,7 +207,9 @@ impl Vm {
         self.request(OperationKind::ShutDown, Some(within))
     }
 
-    /// Cuts the power. Allowed in every state but Off and Stopping, and overtakes the operation in flight.
+    /// Cuts the power. Allowed in every state but Off and Stopping, and overtakes the operation in flight. The guest runs
+    /// no more when it is done; what it wrote last may still be on its way to a disk whose host hangs, for which nobody
+    /// waits longer than half a minute, and which stays in use until then.
     ///
     /// # Errors
     /// [`RequestError`] in Off and Stopping.

@@ -163,7 +163,7 @@ impl Supervisor {
             Message::Query(question) => question(self),
             Message::Act(act) => act(self),
             Message::Report { generation, report } if generation == self.generation => self.report(report),
-            Message::Report { report, .. } => power::reported_too_late(report),
+            Message::Report { report, .. } => power::reported_too_late(self, report),
             Message::HandlesGone => {
                 self.handles_gone = true;
                 if self.state == State::Off {

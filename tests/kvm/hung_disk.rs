@@ -71,7 +71,7 @@ impl Drop for Volume {
     fn drop(&mut self) {
         let undone = [
             run("dmsetup", &["resume", &self.name]),
-            run("dmsetup", &["remove", "--retry", &self.name]),
+            run("dmsetup", &["remove", "--deferred", &self.name]),
             run("losetup", &["--detach", &self.device]),
         ];
         for error in undone.into_iter().filter_map(Result::err) {
@@ -151,7 +151,8 @@ fn who_need_not_wait_does_not() -> Result<(), Failed> {
     volume.go_on()?;
     wait_for(WITHIN, "the disk to be free", || done(guest.vm.start()).ok())?;
     let mut shell = guest.shell()?;
-    shell.run_within("dd if=/dev/urandom of=/tmp/piece bs=1M count=4", BOOT_WITHIN)?;
+    let piece = shell.run_within("dd if=/dev/urandom of=/tmp/piece bs=1M count=4", BOOT_WITHIN)?;
+    assert_eq!(piece.status, 0, "{piece:?}");
     assert_eq!(shell.succeed(kept)?, sum);
 
     // Nor does who lets go of the VM, though closing the disk waits for what is in the host's cache.

@@ -120,7 +120,7 @@ fn forge_plugs(guest: &Guest, shell: &mut GuestShell) -> Result<(), Failed> {
     assert_eq!(ask(PLUG, base, 1)?, ERROR);
     assert_eq!(assigned(guest)?, STARTUP);
     let options = ResizeOptions {
-        within: WITHIN,
+        within: 20 * WITHIN,
         at_deadline: AtDeadline::Keep,
     };
     let operation = guest.vm.resize_memory(STARTUP + 128 * MIB, options)?;
@@ -174,7 +174,7 @@ fn forge_inflations(guest: &Guest, shell: &mut GuestShell) -> Result<(), Failed>
     shell.succeed(&format!(
         ". /driver; begin {BALLOON}; echo bar=$bar used=$used >/state"
     ))?;
-    let mut inflate = |pages: &[u64]| {
+    let inflate = |shell: &mut GuestShell, pages: &[u64]| {
         let list = pages.iter().map(u64::to_string).collect::<Vec<_>>().join(" ");
         shell.succeed(&format!(
             ". /driver; . /state; n=0; for page in {list}; do w place+0x3000+n*4 32 page; n=$((n + 1)); done; \
@@ -197,11 +197,12 @@ fn forge_inflations(guest: &Guest, shell: &mut GuestShell) -> Result<(), Failed>
         .map(|address| address / 4096)
         .chain([0xFFFF_FFFF])
         .collect();
-    inflate(&foreign)?;
+    inflate(shell, &foreign)?;
     assert_eq!(assigned(guest)?, STARTUP);
     // A page of its own counts once, however often it is given.
-    inflate(&[0x8080, 0x8080, 0x8080])?;
-    inflate(&[0x8080])?;
+    shell.succeed("devmem 0x08080000 64 0x1234")?;
+    inflate(shell, &[0x8080, 0x8080, 0x8080])?;
+    inflate(shell, &[0x8080])?;
     assert_eq!(assigned(guest)?, STARTUP - 4096);
     assert_eq!(shell.succeed("devmem 0x08080000 64")?, "0x0000000000000000");
     // A list that is not whole page numbers.

@@ -106,7 +106,6 @@ fn a_guest_under_load_gives_what_it_can() -> Result<(), Failed> {
     shell.succeed("mkfifo /tmp/held /tmp/compare /tmp/said")?;
     let started = format!("(awk -v pieces={PIECES} '{HOLDER}' >/dev/null 2>&1 &); read word </tmp/held");
     shell.succeed(&started)?;
-    let events = guest.vm.events();
     let outcome = resize(&guest, 256 * MIB, brief(15, AtDeadline::Keep))?;
     assert!(
         matches!(
@@ -123,8 +122,8 @@ fn a_guest_under_load_gives_what_it_can() -> Result<(), Failed> {
     assert!(memory.assigned_bytes >= holds, "{memory:?}");
     let compared = shell.succeed("echo now >/tmp/compare; cat /tmp/said")?;
     assert_eq!(compared, format!("{PIECES} 0"), "the guest lost memory");
-    // The program has ended: the same request comes to its end.
-    assert_eq!(settled(&events)?, 256 * MIB);
+    // The program has ended: the same request comes to its end. Linux tries by itself too, but not within a minute.
+    assert_eq!(reach(&guest, 256 * MIB)?.reached_bytes, 256 * MIB);
     agreed(&guest, &mut shell, at_start)?;
     no_harm(&mut shell)
 }
@@ -275,7 +274,11 @@ fn a_driver_that_comes_anew_unplugs_everything_first() -> Result<(), Failed> {
     })?;
     assert_eq!(reach(&guest, 512 * MIB)?.reached_bytes, 512 * MIB);
     // Linux takes no more than 1 GiB that nobody puts to use (its `offline_threshold`). It keeps what it has by then.
-    let outcome = resize(&guest, 4 * GIB, brief(8, AtDeadline::Withdraw))?;
+    drop(guest.vm.resize_memory(4 * GIB, patient())?);
+    wait_for(WITHIN, "the guest to have enough", || {
+        (guest.vm.memory().ok()?.assigned_bytes == 512 * MIB + GIB).then_some(())
+    })?;
+    let outcome = resize(&guest, 3 * GIB, brief(4, AtDeadline::Withdraw))?;
     assert_eq!(
         (outcome.reason, outcome.reached_bytes),
         (MemoryReason::GuestRefused, 512 * MIB + GIB)

@@ -83,7 +83,8 @@ fn packets_pass_both_ways() -> Result<(), Failed> {
     // A file, so that its sender need not collect it piece by piece.
     shell.succeed("yes guest | head -c 6000000 >/tmp/sent && httpd -p 5001 -h /tmp")?;
     let before = counts(&mut shell, "tx")?;
-    let mut stream = TcpStream::connect(("10.213.20.2", 5001))?;
+    let mut stream = TcpStream::connect_timeout(&([10, 213, 20, 2], 5001).into(), WITHIN)?;
+    stream.set_read_timeout(Some(WITHIN))?;
     stream.write_all(b"GET /sent HTTP/1.0\r\n\r\n")?;
     let mut received = Vec::new();
     stream.read_to_end(&mut received)?;

@@ -24,7 +24,7 @@ use crate::qemu;
 /// Without a line on the console for this long a booting host counts as hung; the boot log pauses for a second at most.
 const BOOT_SILENCE_MAX: Duration = Duration::from_secs(40);
 /// The same for a host that is up and says every two seconds that it is alive.
-const SILENCE_MAX: Duration = Duration::from_secs(90);
+const SILENCE_MAX: Duration = Duration::from_secs(60);
 const ATTEMPTS_MAX: u32 = 6;
 const CONSOLE_LINES_SHOWN: usize = 30;
 /// What Linux writes when a CPU no longer gets anywhere, or when it gives up.

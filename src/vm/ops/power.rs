@@ -31,6 +31,8 @@ use crate::vm::transition::Trigger;
 
 /// How long a VM that ends waits for workers that wait for the host: a disk that hangs must not hold it.
 const HUNG_AFTER: Duration = Duration::from_secs(10);
+/// The same for letting go of a machine: the RAM of a large guest is not freed, nor what it wrote synced, in a moment.
+const TEARDOWN_HANGS_AFTER: Duration = Duration::from_secs(30);
 
 /// Off → Starting: builds the machine on a worker.
 pub fn start(vm: &mut Supervisor) {
@@ -336,15 +338,24 @@ pub fn workers_hang(vm: &mut Supervisor) {
         tear_down(vm);
     } else if vm.handles_gone() {
         vm.give_up_works();
+        // What one of them meant to store may have to be taken back.
+        if !vm.works.is_empty() {
+            wait_for_workers(vm);
+        }
     }
 }
 
 /// A worker has done what nobody waits for any more.
-pub fn reported_too_late(report: Report) {
+pub fn reported_too_late(vm: &Supervisor, report: Report) {
     // Letting go of a machine waits for threads, which the supervisor must not do.
     if let Report::Built(Ok(machine)) = report {
+        let shared = vm.shared.clone();
+        let work = move || {
+            shared.own_thread(ThreadRole::Worker);
+            drop(machine);
+        };
         let worker = std::thread::Builder::new().name("vm-teardown".to_owned());
-        if let Err(error) = worker.spawn(move || drop(machine)) {
+        if let Err(error) = worker.spawn(work) {
             log::error!("a machine that was built too late went on the supervisor's thread: {error}");
         }
     }
@@ -371,7 +382,7 @@ fn tear_down(vm: &mut Supervisor) {
     // Without a thread the machine goes here, with the closure: slower, but the VM ends.
     match spawn(vm, "vm-teardown", work, Report::TornDown) {
         // Closing a disk waits for what the host has not written to it yet.
-        Ok(()) => wait_for_workers(vm),
+        Ok(()) => vm.hung_at = Instant::now().checked_add(TEARDOWN_HANGS_AFTER),
         Err(_) => torn_down(vm),
     }
 }
