@@ -20,7 +20,7 @@ use crate::test_host::TestHost;
 /// Tells a command where it may leave files; everything else it writes in the test host is lost.
 const OUT_VARIABLE: &str = "VM_LIFECYCLE_OUT";
 /// Set inside the test host.
-const TEST_HOST_VARIABLE: &str = "VM_LIFECYCLE_TEST_HOST";
+pub const TEST_HOST_VARIABLE: &str = "VM_LIFECYCLE_TEST_HOST";
 
 const PASSED_ON: [&str; 14] = [
     "PATH",
