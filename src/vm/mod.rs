@@ -136,7 +136,7 @@ impl Vm {
         platform: Arc<dyn Platform>,
         make_dir: impl FnOnce(&VmConfig) -> Result<Option<StateDir>, StateDirError>,
     ) -> Result<Self, CreateError> {
-        let shared = Arc::new(Shared::new(Arc::new(config), platform.clone()));
+        let shared = Arc::new(Shared::new(Arc::new(config), platform));
         let (sender, receiver) = channel();
         let (begin, begun) = channel::<Supervisor>();
         let supervise = move || {
@@ -150,7 +150,7 @@ impl Vm {
             .spawn(supervise)
             .map_err(CreateError::Thread)?;
         let state_dir = make_dir(&shared.config())?;
-        let supervisor = Supervisor::new(shared.clone(), platform, state_dir, sender.clone());
+        let supervisor = Supervisor::new(shared.clone(), state_dir, sender.clone());
         begin.send(supervisor).expect("the thread waits for it");
         let inner = Inner {
             shared,

@@ -109,7 +109,7 @@ fn driven(folder: &tempfile::TempDir) -> (Supervisor, Receiver<Message>, FakePla
     let (sender, receiver) = channel();
     let platform = FakePlatform::default();
     let shared = Arc::new(shared::Shared::new(Arc::new(config), Arc::new(platform.clone())));
-    let supervisor = Supervisor::new(shared, Arc::new(platform.clone()), Some(dir), sender);
+    let supervisor = Supervisor::new(shared, Some(dir), sender);
     (supervisor, receiver, platform)
 }
 

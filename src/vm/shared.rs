@@ -24,7 +24,7 @@ pub(super) struct Shared {
     changed: Condvar,
     pub events: Mutex<EventLog>,
     config: Mutex<Arc<VmConfig>>,
-    platform: Arc<dyn Platform>,
+    pub platform: Arc<dyn Platform>,
 }
 
 #[derive(Clone, Copy)]

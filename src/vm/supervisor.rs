@@ -24,7 +24,7 @@ use crate::vm::mailbox::{Mailbox, Message, Notice, Notices, Report, Request};
 use crate::vm::operation::{Ended, Operation, OperationKind, Outcome};
 use crate::vm::ops::memory::MemoryWork;
 use crate::vm::ops::{self, memory, nic_add, nic_remove, power};
-use crate::vm::platform::{Machine, Platform};
+use crate::vm::platform::Machine;
 use crate::vm::shared::Shared;
 use crate::vm::thread_role::ThreadRole;
 use crate::vm::transition::{Next, Trigger, may_begin, next};
@@ -33,7 +33,6 @@ use crate::vm::work::Works;
 /// Everything the supervisor owns.
 pub(super) struct Supervisor {
     pub(super) shared: Arc<Shared>,
-    pub(super) platform: Arc<dyn Platform>,
     pub(super) config: Arc<VmConfig>,
     pub(super) state: State,
     /// Where the VM rests when nothing is in flight: Running or Paused.
@@ -76,16 +75,10 @@ pub(super) struct Flight {
 }
 
 impl Supervisor {
-    pub(super) fn new(
-        shared: Arc<Shared>,
-        platform: Arc<dyn Platform>,
-        state_dir: Option<StateDir>,
-        sender: Sender<Message>,
-    ) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, state_dir: Option<StateDir>, sender: Sender<Message>) -> Self {
         Self {
             config: shared.config(),
             shared,
-            platform,
             state: State::Off,
             rest: State::Running,
             flight: None,

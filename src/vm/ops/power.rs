@@ -38,7 +38,7 @@ const TEARDOWN_HANGS_AFTER: Duration = Duration::from_secs(30);
 pub fn start(vm: &mut Supervisor) {
     vm.step(Trigger::Start);
     let mailbox = vm.new_generation();
-    let (platform, config) = (vm.platform.clone(), vm.config.clone());
+    let (platform, config) = (vm.shared.platform.clone(), vm.config.clone());
     let work = move || Report::Built(platform.build(&config, mailbox));
     if let Err(error) = spawn(vm, "vm-build", work, Report::Built(Err(BuildError::Panicked))) {
         fail_start(

@@ -13,12 +13,8 @@ fn running(platform: &FakePlatform) -> (Supervisor, Receiver<Message>) {
     let config = Arc::new(config.expect("the configuration is valid"));
     let (sender, receiver) = channel();
     let platform = Arc::new(platform.clone());
-    let mut supervisor = Supervisor::new(
-        Arc::new(Shared::new(config, platform.clone())),
-        platform,
-        None,
-        sender,
-    );
+    let shared = Arc::new(Shared::new(config, platform));
+    let mut supervisor = Supervisor::new(shared, None, sender);
     let start = Request {
         kind: OperationKind::Start,
         within: None,
