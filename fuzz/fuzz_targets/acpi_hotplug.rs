@@ -17,7 +17,7 @@ use vm_lifecycle::ids::{Bdf, SlotLabel};
 use vm_lifecycle::machine::fake::FakeVm;
 use vm_lifecycle::machine::gsi::GsiTable;
 use vm_lifecycle::memory::layout::{
-    GED_GSI, HOTPLUG_EJECT_OFFSET, HOTPLUG_INDEX_OFFSET, HOTPLUG_LABEL_OFFSET, HOTPLUG_SELECT_OFFSET,
+    GED_GSI, HOTPLUG_EJECT_OFFSET, HOTPLUG_INDEX_OFFSET, HOTPLUG_LABEL_OFFSET, HOTPLUG_PRESENT_OFFSET, HOTPLUG_SELECT_OFFSET,
     ecam_address, mmio_slot,
 };
 use vm_lifecycle::pci::device::PciDevice;
@@ -76,7 +76,7 @@ const BAR_BYTES: u64 = 0x8000;
 
 struct Rig {
     mmio: Bus,
-    root: PciRoot,
+    root: Arc<PciRoot>,
     hotplug: Arc<PciHotplug>,
     heard: Arc<Heard>,
     model: BTreeMap<Bdf, Card>,
@@ -92,9 +92,11 @@ impl Rig {
         let heard = Arc::new(Heard::default());
         let acpi = Arc::new(AcpiDevice::new(line, Arc::new(Deaf)));
         let mmio = Bus::new();
-        let hotplug = Arc::new(PciHotplug::new(acpi, mmio.clone(), heard.clone()));
+        let root = Arc::new(PciRoot::new(&mmio).expect("the bus is empty"));
+        let hotplug = PciHotplug::new(acpi, root.clone(), mmio.clone(), heard.clone());
+        let hotplug = Arc::new(hotplug);
         Self {
-            root: PciRoot::new(&mmio).expect("the bus is empty"),
+            root,
             _claim: mmio
                 .claim(0, PCI_HOTPLUG_BYTES, hotplug.clone())
                 .expect("the bus is empty"),
@@ -245,6 +247,11 @@ impl Rig {
             let mut id = [0; 4];
             self.mmio.read(ecam_address(bdf), &mut id);
             assert_eq!(id == [0; 4], self.is_seen(bdf), "{bdf}");
+            let mut present = [0; 4];
+            let offset = HOTPLUG_PRESENT_OFFSET + 4 * u64::from(bdf.segment());
+            self.hotplug.read(offset, &mut present);
+            let present = u32::from_le_bytes(present) & 1 << bdf.slot() != 0;
+            assert_eq!(present, self.is_seen(bdf), "{bdf}");
         }
     }
 }

@@ -87,7 +87,9 @@ fuzz_target!(|input: Input| {
         Target::Acpi => input.check_device(|| AcpiDevice::new(line(GED_GSI), Arc::new(Deaf))),
         Target::PciHotplug => input.check_device(|| {
             let acpi = Arc::new(AcpiDevice::new(line(GED_GSI), Arc::new(Deaf)));
-            PciHotplug::new(acpi, Bus::new(), Arc::new(Deaf))
+            let mmio = Bus::new();
+            let pci = Arc::new(PciRoot::new(&mmio).expect("the bus is empty"));
+            PciHotplug::new(acpi, pci, mmio, Arc::new(Deaf))
         }),
         Target::Pvpanic => input.check_device(|| Pvpanic::new(Arc::new(Deaf))),
         Target::PciRoot => input.check_root(),

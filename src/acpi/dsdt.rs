@@ -8,8 +8,8 @@
 //!       PWRB GED_            power button and the events that reach it
 //! ```
 //!
-//! No object here touches a register before an event came, but for the names of what is in a slot: there are no `_STA`
-//! or `_INI` methods, all resources are constant, and processors are in the MADT alone.
+//! No object here touches a register before an event came, but for what is in a slot and its name: there are no other
+//! `_STA` and no `_INI` methods, all resources are constant, and processors are in the MADT alone.
 
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal, Field,
@@ -20,7 +20,7 @@ use acpi_tables::aml::{
 use acpi_tables::{Aml, AmlSink};
 
 use super::ged::GedEvent;
-use super::pci_hotplug::aml as hotplug;
+use super::pci_hotplug::registers as hotplug;
 use super::power::SLP_TYP_S5;
 use super::pvpanic::PVPANIC_PORT;
 use crate::config::first_slot;
@@ -85,7 +85,7 @@ fn host_bridge(segment: u16, aml: &mut Vec<u8>) {
             &Name::new("_BBN".into(), &ZERO),
             &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&bus, &memory])),
             &OscMethod,
-            &hotplug::Slots {
+            &hotplug::SlotDevices {
                 segment,
                 first_slot: first_slot(segment),
             },

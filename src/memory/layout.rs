@@ -47,6 +47,8 @@ pub const RESET_OFFSET: u64 = 0x102;
 pub const RESET_VALUE: u8 = 0x42;
 /// Offset of the PCI hot-plug registers; first come those that tell what changed, segment by segment.
 pub const HOTPLUG_OFFSET: u64 = 0x1000;
+/// Offset, among the hot-plug registers, of those that tell what is present, segment by segment.
+pub const HOTPLUG_PRESENT_OFFSET: u64 = 0x20;
 /// Offset, among the hot-plug registers, of the one that ejects a slot.
 pub const HOTPLUG_EJECT_OFFSET: u64 = 0x40;
 /// Offset, among the hot-plug registers, of the one that selects a slot for the two that follow.

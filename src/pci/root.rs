@@ -82,6 +82,12 @@ impl PciRoot {
         })
     }
 
+    /// A bit for each slot of the segment in which the guest sees a device; none for a segment that is not there.
+    pub fn present(&self, segment: u16) -> u32 {
+        let segment = self.segments.get(usize::from(segment));
+        segment.map_or(0, |segment| segment.slots.present())
+    }
+
     /// Reserves the slot at `bdf`.
     ///
     /// # Errors

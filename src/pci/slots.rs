@@ -101,6 +101,16 @@ impl Slots {
         }
     }
 
+    /// A bit for each slot in which the guest sees a function.
+    pub fn present(&self) -> u32 {
+        let table = self.lock();
+        let seen = table
+            .iter()
+            .enumerate()
+            .filter(|(_, slot)| matches!(slot, Slot::Occupied(_)));
+        seen.fold(0, |bits, (slot, _)| bits | 1 << slot)
+    }
+
     fn set(&self, bdf: Bdf, slot: Slot) {
         let former = std::mem::replace(&mut self.lock()[usize::from(bdf.slot())], slot);
         // The last reference to a device may go here, with the lock released.
@@ -203,8 +213,10 @@ mod tests {
         );
         let occupied = reservation.occupy(device.clone());
         assert!(slots.device(5).is_some());
+        assert_eq!(slots.present(), 1 << 5);
         let reservation = occupied.vacate();
         assert!(slots.device(5).is_none());
+        assert_eq!(slots.present(), 0);
         assert_eq!(Arc::strong_count(&device), 1, "the slot let go of the device");
         assert!(slots.reserve(bdf(5)).is_err(), "taken until the removal ends");
         drop(reservation);

@@ -282,7 +282,8 @@ impl Assembly {
         let pci = Arc::new(PciRoot::new(&mmio)?);
         let acpi = AcpiDevice::new(gsi.line(GED_GSI)?, Arc::new(mailbox.clone()));
         let acpi = Arc::new(acpi);
-        let hotplug = Arc::new(PciHotplug::new(acpi.clone(), mmio, Arc::new(mailbox.clone())));
+        let listener = Arc::new(mailbox.clone());
+        let hotplug = Arc::new(PciHotplug::new(acpi.clone(), pci.clone(), mmio, listener));
         let units: Vec<Arc<dyn Unit>> = vec![
             Arc::new(Irqchip::new(vm.clone())?),
             Arc::new(Pit::new(vm.clone())?),

@@ -84,6 +84,14 @@ fn sysfs(info: &NicInfo) -> String {
     format!("/sys/bus/pci/devices/{}", info.config.bdf)
 }
 
+/// What the `_STA` of a card's slot says in the guest, present or not.
+fn status(shell: &mut GuestShell, info: &NicInfo) -> Result<String, Failed> {
+    let bdf = info.config.bdf;
+    let path = format!("\\_SB_.PC{:02X}.S{:02X}_", bdf.segment(), bdf.slot());
+    let find = format!("grep -lxF '{path}' /sys/bus/acpi/devices/*/path");
+    Ok(shell.succeed(&format!("cat $(dirname $({find}))/status"))?)
+}
+
 /// The events about cards so far, by their names in JSON.
 fn told(guest: &Guest) -> Vec<String> {
     std::iter::from_fn(|| guest.events.next(Duration::ZERO))
@@ -113,6 +121,11 @@ fn a_card_comes_carries_packets_and_goes() -> Result<(), Failed> {
     );
     let expected = format!("Fred\n1\n{}", info.config.mac);
     assert_eq!(shell.succeed(&seen)?, expected);
+    assert_eq!(
+        status(&mut shell, &info)?,
+        "15",
+        "present, enabled, shown, functioning"
+    );
     shell.succeed("ip addr add 10.213.50.2/24 dev eth0 && ip link set eth0 up")?;
     shell.wait_until("ping -c 1 -W 1 10.213.50.1", WITHIN)?;
 
@@ -138,6 +151,7 @@ fn a_card_comes_carries_packets_and_goes() -> Result<(), Failed> {
     done(guest.vm.resume())?;
     reached(&removed)?;
     assert_eq!(shell.succeed("ls /sys/class/net")?, "lo");
+    assert_eq!(status(&mut shell, &info)?, "0", "an empty slot");
     assert_eq!(guest.vm.config().nics(), []);
     let expected = [
         "nic-attached",

@@ -9,11 +9,8 @@
 //! tell_taken       ────► eject bits,   GED event ────► the same for what was taken by force
 //! insert, rename   ────► index and label         ────► slot's _DSM, function 7           reads the device's name
 //! ```
-//! A slot has no `_STA`: whether a device is there the guest reads from its configuration space, and booting evaluates
-//! nothing that touches a register, but for the `_DSM` of slots that hold something
-//! (`docs/decisions/0009-slots-without-sta.md`).
+//! A slot's `_STA` tells what was present when the guest was told last (`docs/decisions/0009-slot-status.md`).
 
-pub mod aml;
 pub mod registers;
 mod remnant;
 mod state;

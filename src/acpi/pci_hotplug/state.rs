@@ -15,12 +15,20 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::registers::{SlotName, slot_of};
 use super::remnant::Remnant;
 use crate::ids::{Bdf, SlotLabel};
 use crate::memory::layout::{HOTPLUG_LABEL_BYTES, SEGMENT_COUNT};
 use crate::pci::device::PciDevice;
 use crate::pci::slots::{OccupiedSlot, SlotReservation};
+
+/// What a device is called in the guest. Nothing here knows what kind of device it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SlotName {
+    /// From 1 to `config::ACPI_INDEX_MAX`.
+    pub acpi_index: u16,
+    /// From the name that the host chose.
+    pub label: SlotLabel,
+}
 
 /// Everything behind the registers' lock.
 #[derive(Default)]
@@ -238,4 +246,21 @@ impl From<Option<&SlotName>> for Selected {
 
 fn bit(bdf: Bdf) -> u32 {
     1 << bdf.slot()
+}
+
+/// The slot with this number.
+pub(super) fn slot_of(number: u32) -> Option<Bdf> {
+    let (segment, slot) = (
+        number / u32::from(Bdf::SLOT_COUNT),
+        number % u32::from(Bdf::SLOT_COUNT),
+    );
+    let segment = u16::try_from(segment)
+        .ok()
+        .filter(|segment| *segment < SEGMENT_COUNT)?;
+    Bdf::new(segment, slot as u8)
+}
+
+/// The number of the slot at `bdf`.
+pub(super) fn number_of(bdf: Bdf) -> u32 {
+    u32::from(bdf.segment()) * u32::from(Bdf::SLOT_COUNT) + u32::from(bdf.slot())
 }

@@ -4,8 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 
-use super::aml;
-use super::registers::{PCI_HOTPLUG_BYTES, PciHotplug, Removed, SlotListener, SlotName};
+use super::registers::{self, PCI_HOTPLUG_BYTES, PciHotplug, Removed, SlotListener, SlotName};
 use crate::acpi::device::AcpiDevice;
 use crate::acpi::saved::PCI_HOTPLUG_SCHEMA;
 use crate::bus::{Bus, BusDevice};
@@ -14,7 +13,8 @@ use crate::machine::fake::FakeVm;
 use crate::machine::gsi::GsiTable;
 use crate::memory::layout::{
     GED_GSI, GED_SELECT_OFFSET, HOTPLUG_EJECT_OFFSET, HOTPLUG_INDEX_OFFSET, HOTPLUG_LABEL_BYTES,
-    HOTPLUG_LABEL_OFFSET, HOTPLUG_SELECT_OFFSET, SEGMENT_COUNT, ecam_address, mmio_slot,
+    HOTPLUG_LABEL_OFFSET, HOTPLUG_PRESENT_OFFSET, HOTPLUG_SELECT_OFFSET, SEGMENT_COUNT, ecam_address,
+    mmio_slot,
 };
 use crate::pci::device::PciDevice;
 use crate::pci::root::PciRoot;
@@ -47,7 +47,7 @@ impl PowerListener for Heard {
 /// The registers of a machine with PCI.
 struct Rig {
     mmio: Bus,
-    root: PciRoot,
+    root: Arc<PciRoot>,
     acpi: Arc<AcpiDevice>,
     hotplug: PciHotplug,
     heard: Arc<Heard>,
@@ -59,9 +59,10 @@ impl Rig {
         let heard = Arc::new(Heard::default());
         let line = GsiTable::new(Arc::new(FakeVm::default())).line(GED_GSI).unwrap();
         let acpi = Arc::new(AcpiDevice::new(line, heard.clone()));
+        let root = Arc::new(PciRoot::new(&mmio).unwrap());
         Self {
-            root: PciRoot::new(&mmio).unwrap(),
-            hotplug: PciHotplug::new(acpi.clone(), mmio.clone(), heard.clone()),
+            hotplug: PciHotplug::new(acpi.clone(), root.clone(), mmio.clone(), heard.clone()),
+            root,
             mmio,
             acpi,
             heard,
@@ -77,10 +78,14 @@ impl Rig {
         self.hotplug.insert(slot, Arc::new(Present), name);
     }
 
+    /// What the slot's configuration space says, which its `_STA` has to say too.
     fn is_seen(&self, bdf: Bdf) -> bool {
         let mut data = [0; 4];
         self.mmio.read(ecam_address(bdf), &mut data);
-        data != [0xFF; 4]
+        let seen = data != [0xFF; 4];
+        let present = self.read(HOTPLUG_PRESENT_OFFSET + 4 * u64::from(bdf.segment()));
+        assert_eq!(present & 1 << bdf.slot() != 0, seen, "{bdf}");
+        seen
     }
 
     fn read(&self, offset: u64) -> u32 {
@@ -438,21 +443,23 @@ fn what_is_left_of_a_device_is_saved_with_the_one_that_waits_behind_it() {
 #[test]
 fn every_slot_of_a_bridge_is_described_once() {
     let mut shared = Vec::new();
-    aml::shared(&mut shared);
+    registers::shared(&mut shared);
     let holds = |aml: &[u8], what: &[u8]| aml.windows(what.len()).filter(|part| *part == what).count();
     assert_eq!(holds(&shared, b"HPSC"), 1, "the scan");
     for segment in 0..SEGMENT_COUNT {
         let first_slot = crate::config::first_slot(segment);
         let mut slots = Vec::new();
-        acpi_tables::Aml::to_aml_bytes(&aml::Slots { segment, first_slot }, &mut slots);
-        assert_eq!(holds(&slots, b"_EJ0"), usize::from(32 - first_slot));
+        acpi_tables::Aml::to_aml_bytes(&registers::SlotDevices { segment, first_slot }, &mut slots);
+        for method in [b"_STA", b"_EJ0"] {
+            assert_eq!(holds(&slots, method), usize::from(32 - first_slot));
+        }
         for slot in first_slot..32 {
             let address = [b"_ADR\x0C\0\0", &[slot, 0][..]].concat();
             assert_eq!(holds(&slots, &address), 1, "slot {slot}");
             let notify = [b"\x86S".as_slice(), format!("{slot:02X}_").as_bytes()].concat();
             assert_eq!(holds(&slots, &notify), 1, "slot {slot}");
         }
-        let bytes_max = 85 * usize::from(32 - first_slot) + 20;
+        let bytes_max = 92 * usize::from(32 - first_slot) + 80;
         assert!(slots.len() <= bytes_max, "{} bytes of AML", slots.len());
     }
 }
