@@ -1,4 +1,5 @@
-//! From exec of a small VMM process to the guest's init, beside QEMU in the same run: wall time and VM exits.
+//! From exec of a small VMM process to the guest's init, beside QEMU in the same run: wall time, how much of it passes
+//! before the guest's kernel begins, and VM exits.
 //!
 //! Debian's cloud kernel, one vCPU, 256 MiB, a serial console and no other device: the example `boot` and QEMU's
 //! `microvm`, each with the ELF image (which QEMU enters by PVH) and the bzImage, and QEMU's `q35`. Everything that is
@@ -21,6 +22,7 @@ use harness::artefacts::{Flavour, GuestKernel, INIT_REACHED};
 use harness::kvm::{self, Verdict};
 use harness::qemu;
 use harness::resources::KvmVms;
+use report::kernel_start::KernelStart;
 
 const CMDLINE: &str = "console=ttyS0 quiet loglevel=3 panic=-1 harness.modules=none harness.exit=idle";
 const MICROVM_BZIMAGE: &str = "microvm, bzImage";
@@ -46,6 +48,8 @@ struct Subject {
 
 struct Sample {
     seconds: f64,
+    /// Of these, before the guest's kernel begins.
+    vmm_seconds: f64,
     counters: BTreeMap<String, u64>,
 }
 
@@ -60,9 +64,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let folder = tempfile::tempdir_in("/dev/shm")?;
     let mut subjects = subjects(folder.path())?;
+    let kernel_start = KernelStart::listen()?;
     for round in 0..=report::rounds() {
         for subject in &mut subjects {
-            let sample = start((subject.command)())?;
+            let sample = start((subject.command)(), &kernel_start)?;
             eprintln!("round {round}: {} {:.2} s", subject.name, sample.seconds);
             if round > 0 {
                 subject.samples.push(sample);
@@ -115,8 +120,9 @@ fn subjects(folder: &Path) -> Result<Vec<Subject>, Box<dyn Error>> {
 }
 
 /// Starts a guest, waits for its init and ends it.
-fn start(mut command: Command) -> Result<Sample, Box<dyn Error>> {
+fn start(mut command: Command, kernel_start: &KernelStart) -> Result<Sample, Box<dyn Error>> {
     let before = KvmVms::now()?;
+    kernel_start.clear()?;
     let began = Instant::now();
     let child = command
         .stdin(Stdio::null())
@@ -136,6 +142,7 @@ fn start(mut command: Command) -> Result<Sample, Box<dyn Error>> {
     let seconds = began.elapsed().as_secs_f64();
     Ok(Sample {
         seconds,
+        vmm_seconds: kernel_start.seconds()?,
         counters: before.counters_of_the_new_one()?,
     })
 }
@@ -151,30 +158,34 @@ impl Drop for Killed {
 }
 
 impl Subject {
+    fn median(&self, of: impl Fn(&Sample) -> f64) -> f64 {
+        report::median(&self.samples.iter().map(of).collect::<Vec<_>>())
+    }
+
     fn seconds(&self) -> f64 {
-        report::median(
-            &self
-                .samples
-                .iter()
-                .map(|sample| sample.seconds)
-                .collect::<Vec<_>>(),
-        )
+        self.median(|sample| sample.seconds)
     }
 
     fn count(&self, counter: &str) -> f64 {
-        let of = |sample: &Sample| sample.counters.get(counter).copied().unwrap_or(0) as f64;
-        report::median(&self.samples.iter().map(of).collect::<Vec<_>>())
+        self.median(|sample| sample.counters.get(counter).copied().unwrap_or(0) as f64)
     }
 }
 
 fn show(subjects: &[Subject]) {
-    let mut header = vec!["exec to init, medians".to_string(), "seconds".to_string()];
+    let mut header = ["exec to init, medians", "seconds", "vmm", "guest"]
+        .map(str::to_string)
+        .to_vec();
     header.extend(COLUMNS.iter().map(|(_, title)| (*title).to_string()));
     header.extend(["time to peer", "exits to peer", "time to microvm, bzImage"].map(str::to_string));
     let common = subjects.iter().find(|subject| subject.name == MICROVM_BZIMAGE);
     let mut rows = vec![header];
     for subject in subjects {
-        let mut row = vec![subject.name.to_string(), format!("{:.2}", subject.seconds())];
+        let (vmm, guest) = (
+            subject.median(|sample| sample.vmm_seconds),
+            subject.median(|sample| sample.seconds - sample.vmm_seconds),
+        );
+        let mut row = vec![subject.name.to_string()];
+        row.extend([subject.seconds(), vmm, guest].map(|seconds| format!("{seconds:.2}")));
         row.extend(
             COLUMNS
                 .iter()

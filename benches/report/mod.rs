@@ -6,6 +6,8 @@
 // Every benchmark uses a part of it.
 #![allow(dead_code)]
 
+pub mod kernel_start;
+
 use std::env;
 use std::path::{Path, PathBuf};
 
