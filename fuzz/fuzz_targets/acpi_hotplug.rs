@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use arbitrary::Arbitrary;
@@ -20,9 +21,9 @@ use vm_lifecycle::memory::layout::{
     GED_GSI, HOTPLUG_EJECT_OFFSET, HOTPLUG_INDEX_OFFSET, HOTPLUG_LABEL_OFFSET, HOTPLUG_PRESENT_OFFSET, HOTPLUG_SELECT_OFFSET,
     ecam_address, mmio_slot,
 };
-use vm_lifecycle::pci::device::PciDevice;
+use vm_lifecycle::pci::device::{Orphan, PciDevice};
 use vm_lifecycle::pci::root::PciRoot;
-use vm_lifecycle::unit::Unit;
+use vm_lifecycle::unit::{PauseTicket, Unit};
 use vm_lifecycle_fuzz::{Access, Deaf};
 
 /// The numbers of slots there are, one that never holds anything, and one that does not exist.
@@ -52,6 +53,29 @@ impl PciDevice for Present {
     }
 
     fn config_write(&self, _offset: u16, _data: &[u8]) {}
+}
+
+/// What is left of a card, and where.
+struct Left(u64, #[expect(dead_code)] BusClaim);
+
+impl Orphan for Left {
+    fn bar_range(&self) -> Option<Range<u64>> {
+        Some(self.0..self.0 + BAR_BYTES)
+    }
+
+    fn pause(&self, _ticket: PauseTicket) {}
+
+    fn resume(&self) {}
+}
+
+struct Zeros;
+
+impl BusDevice for Zeros {
+    fn read(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write(&self, _offset: u64, _data: &[u8]) {}
 }
 
 #[derive(Default)]
@@ -179,7 +203,8 @@ impl Rig {
         if matches!(removed, Some(Removed::ByForce(_))) {
             assert!(card.is_some_and(|card| card.seen));
             let base = mmio_slot(bdf);
-            self.hotplug.tell_taken(bdf, Some(base..base + BAR_BYTES));
+            let claim = self.mmio.claim(base, BAR_BYTES, Arc::new(Zeros));
+            self.hotplug.tell_taken(bdf, Box::new(Left(base, claim.expect("nothing is there"))));
             self.remnants.insert(bdf);
         }
     }

@@ -6,6 +6,7 @@
 
 pub mod fake;
 pub mod tap;
+pub mod unplugged;
 
 use std::io;
 use std::os::fd::BorrowedFd;

@@ -3,11 +3,13 @@
 //! Whoever goes through the devices holds the set's lock, so that none is dropped under him and a device that is added
 //! during a pause is paused before anybody can reach it. The guest's vCPUs never take this lock.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::acpi::pci_hotplug::registers::{PciHotplug, Removed, SlotName};
 use crate::config::NicConfig;
 use crate::ids::{NicName, UnitName};
+use crate::pci::device::Orphan;
 use crate::pci::slots::{OccupiedSlot, SlotReservation};
 use crate::unit::{PauseTicket, Unit};
 use crate::virtio::net::Net;
@@ -98,16 +100,19 @@ impl DeviceSet {
         let Some(device) = self.find(unit) else {
             return false;
         };
-        let (bdf, bar) = (device.bdf(), device.bar_range());
+        let bdf = device.bdf();
         let Some(removed) = self.hotplug.remove(bdf) else {
             return false;
         };
-        self.lock().devices.retain(|other| !Arc::ptr_eq(other, &device));
-        // A vCPU may be in the middle of an access, and hold it a little longer.
-        device.detach();
-        if matches!(removed, Removed::ByForce(_)) {
-            self.hotplug.tell_taken(bdf, bar);
+        match &removed {
+            // A vCPU may be in the middle of an access, and hold it a little longer.
+            Removed::Ejected(_) => device.detach(),
+            Removed::ByForce(_) => self
+                .hotplug
+                .tell_taken(bdf, Box::new(Taken::from(device.clone()))),
         }
+        // Not before: a pause that comes now must find it here or there.
+        self.lock().devices.retain(|other| !Arc::ptr_eq(other, &device));
         drop(removed);
         true
     }
@@ -138,5 +143,34 @@ impl DeviceSet {
             .iter()
             .find(|device| device.name() == *unit)
             .cloned()
+    }
+}
+
+/// A device that was taken by force: nothing of the host is behind it any more.
+struct Taken(Arc<VirtioPciDevice>);
+
+impl From<Arc<VirtioPciDevice>> for Taken {
+    fn from(device: Arc<VirtioPciDevice>) -> Self {
+        device.orphan();
+        // Where the host has not even a descriptor left, the device goes whole, which a driver may not survive.
+        if let Some(Err(error)) = device.with_device(Net::unplug) {
+            log::warn!("the network card at {} goes at once: {error}", device.bdf());
+            device.detach();
+        }
+        Self(device)
+    }
+}
+
+impl Orphan for Taken {
+    fn bar_range(&self) -> Option<Range<u64>> {
+        self.0.bar_range()
+    }
+
+    fn pause(&self, ticket: PauseTicket) {
+        Unit::pause(&*self.0, ticket);
+    }
+
+    fn resume(&self) {
+        Unit::resume(&*self.0);
     }
 }

@@ -181,7 +181,9 @@ impl Vm {
         self.act(move |vm| nic_remove::remove(vm, &name, within))?
     }
 
-    /// Takes the network card called `name` from the guest without asking, as if it broke. Allowed as [`Vm::add_nic`]
+    /// Takes the network card called `name` from the guest without asking. What is the host's, the backend, the name and the
+    /// numbers, is free at the end; the guest's driver finds a card without a link, out of its slot, until it has let go.
+    /// Allowed as [`Vm::add_nic`]
     /// is, also while the guest is being asked; that operation then ends with [`RemoveNicOutcome::Overtaken`]. Of a card
     /// that the guest has let go of, the operation that goes on is returned.
     ///

@@ -43,7 +43,7 @@ use acpi_tables::aml::{
 };
 use acpi_tables::{Aml, AmlSink};
 
-use super::remnant::Remnant;
+use super::remnant;
 pub use super::state::SlotName;
 use super::state::{Ejected, Place, Slot, State, number_of, slot_of};
 use crate::acpi::device::AcpiDevice;
@@ -56,7 +56,7 @@ use crate::memory::layout::{
     HOTPLUG_LABEL_BYTES, HOTPLUG_LABEL_OFFSET, HOTPLUG_OFFSET, HOTPLUG_PRESENT_OFFSET, HOTPLUG_SELECT_OFFSET,
     SEGMENT_COUNT,
 };
-use crate::pci::device::PciDevice;
+use crate::pci::device::{Orphan, PciDevice};
 use crate::pci::root::PciRoot;
 use crate::pci::slots::SlotReservation;
 
@@ -180,13 +180,11 @@ impl PciHotplug {
         })
     }
 
-    /// Tells the guest that the device at `bdf` was taken by force. Until its driver has let go of the device it finds
-    /// zeros at `range`, where the device's registers were and no device is any more.
-    pub fn tell_taken(&self, bdf: Bdf, range: Option<Range<u64>>) {
-        // Where the guest has put another device meanwhile, nothing is left of this one but its slot.
-        let remnant = self.remnant(range).or_else(|_| self.remnant(None));
+    /// Tells the guest that the device at `bdf` was taken by force. What is left of it is kept until the guest's driver
+    /// has let go of the device.
+    pub fn tell_taken(&self, bdf: Bdf, left: Box<dyn Orphan>) {
         let mut state = self.lock();
-        state.remnants.extend(remnant.ok().map(|remnant| (bdf, remnant)));
+        state.remnants.insert(bdf, left);
         state.request_eject(bdf);
         drop(state);
         self.acpi.raise(GedEvent::PciHotplug);
@@ -210,8 +208,8 @@ impl PciHotplug {
         }
     }
 
-    pub(super) fn remnant(&self, range: Option<Range<u64>>) -> Result<Remnant, BusError> {
-        Remnant::new(&self.mmio, range)
+    pub(super) fn restored_remnant(&self, range: Option<Range<u64>>) -> Result<Box<dyn Orphan>, BusError> {
+        remnant::restored(&self.mmio, range)
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {

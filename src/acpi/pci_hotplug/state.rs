@@ -15,10 +15,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::remnant::Remnant;
 use crate::ids::{Bdf, SlotLabel};
 use crate::memory::layout::{HOTPLUG_LABEL_BYTES, SEGMENT_COUNT};
-use crate::pci::device::PciDevice;
+use crate::pci::device::{Orphan, PciDevice};
 use crate::pci::slots::{OccupiedSlot, SlotReservation};
 
 /// What a device is called in the guest. Nothing here knows what kind of device it is.
@@ -43,7 +42,7 @@ pub(super) struct State {
     /// How many requests to let go the guest has read and not answered, of slots where it is not zero.
     pub unanswered: BTreeMap<Bdf, u32>,
     /// Of devices that were taken by force, until the guest lets go of them.
-    pub remnants: BTreeMap<Bdf, Remnant>,
+    pub remnants: BTreeMap<Bdf, Box<dyn Orphan>>,
 }
 
 /// The name of the selected slot as the guest reads it.

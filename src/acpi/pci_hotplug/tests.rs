@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use proptest::prelude::*;
 
 use super::registers::{self, PCI_HOTPLUG_BYTES, PciHotplug, Removed, SlotListener, SlotName};
+use super::remnant;
 use crate::acpi::device::AcpiDevice;
 use crate::acpi::saved::PCI_HOTPLUG_SCHEMA;
 use crate::bus::{Bus, BusDevice};
@@ -16,7 +17,7 @@ use crate::memory::layout::{
     HOTPLUG_LABEL_OFFSET, HOTPLUG_PRESENT_OFFSET, HOTPLUG_SELECT_OFFSET, SEGMENT_COUNT, ecam_address,
     mmio_slot,
 };
-use crate::pci::device::PciDevice;
+use crate::pci::device::{Orphan, PciDevice};
 use crate::pci::root::PciRoot;
 use crate::unit::{PowerListener, PowerRequest, Section, Unit};
 
@@ -86,6 +87,12 @@ impl Rig {
         let present = self.read(HOTPLUG_PRESENT_OFFSET + 4 * u64::from(bdf.segment()));
         assert_eq!(present & 1 << bdf.slot() != 0, seen, "{bdf}");
         seen
+    }
+
+    /// What is left of the device at `bdf`.
+    fn left(&self, bdf: Bdf) -> Box<dyn Orphan> {
+        let base = mmio_slot(bdf);
+        remnant::restored(&self.mmio, Some(base..base + 0x8000)).unwrap()
     }
 
     fn read(&self, offset: u64) -> u32 {
@@ -177,21 +184,19 @@ fn a_device_is_asked_back_ejected_and_taken_away() {
 fn what_is_left_of_a_device_taken_by_force_goes_with_its_driver() {
     let rig = Rig::new();
     let place = bdf(1, 1);
-    let bar = mmio_slot(place);
-    let bar = || Some(bar..bar + 0x8000);
     let is_left = || rig.mmio.read(mmio_slot(place), &mut [0xFF; 4]);
     rig.insert(place, None);
     assert!(matches!(
         rig.hotplug.remove(place),
         Some(Removed::ByForce(slot)) if slot.bdf() == place
     ));
-    rig.hotplug.tell_taken(place, bar());
+    rig.hotplug.tell_taken(place, rig.left(place));
     assert!(is_left() && !rig.is_seen(place));
     assert_eq!((rig.events(), rig.read(8), rig.read(12)), (2, 0, 1 << 1));
     rig.write(HOTPLUG_EJECT_OFFSET, 33);
     assert!(!is_left(), "the driver let go");
     assert_eq!(rig.heard(), [], "the host knows already");
-    rig.hotplug.tell_taken(place, bar());
+    rig.hotplug.tell_taken(place, rig.left(place));
     rig.hotplug.reset();
     assert!(!is_left(), "no driver is left");
 }
@@ -202,7 +207,7 @@ fn a_device_waits_until_the_guest_has_let_go_of_the_one_before() {
     let place = bdf(0, 8);
     rig.insert(place, None);
     drop(rig.hotplug.remove(place));
-    rig.hotplug.tell_taken(place, None);
+    rig.hotplug.tell_taken(place, rig.left(place));
     rig.insert(place, None);
     rig.hotplug.announce(place);
     assert_eq!((rig.events(), rig.read(0), rig.read(4)), (2, 0, 1 << 8));
@@ -239,7 +244,7 @@ fn a_request_that_is_answered_twice_takes_one_device() {
     assert!(rig.hotplug.request_eject(place));
     take();
     drop(rig.hotplug.remove(place));
-    rig.hotplug.tell_taken(place, None);
+    rig.hotplug.tell_taken(place, rig.left(place));
     take();
     rig.insert(place, None);
     answer();
@@ -260,7 +265,7 @@ fn a_request_that_was_not_read_is_not_about_the_next_device() {
     assert!(rig.hotplug.request_eject(place));
     rig.read(4);
     drop(rig.hotplug.remove(place));
-    rig.hotplug.tell_taken(place, None);
+    rig.hotplug.tell_taken(place, rig.left(place));
     rig.insert(place, None);
     rig.write(HOTPLUG_EJECT_OFFSET, 8);
     assert_eq!(rig.read(4), 0, "it was about the device before");
@@ -404,7 +409,7 @@ fn what_is_left_of_a_device_is_saved_with_the_one_that_waits_behind_it() {
     let (place, base) = (bdf(1, 1), mmio_slot(bdf(1, 1)));
     rig.insert(place, None);
     drop(rig.hotplug.remove(place));
-    rig.hotplug.tell_taken(place, Some(base..base + 0x8000));
+    rig.hotplug.tell_taken(place, rig.left(place));
     rig.read(12);
     rig.insert(place, None);
     let section = rig.hotplug.save().unwrap();

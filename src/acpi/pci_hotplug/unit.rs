@@ -6,11 +6,11 @@
 use serde_json::{Value, json};
 
 use super::registers::PciHotplug;
-use super::remnant::Remnant;
 use super::state::{Slot, State};
 use crate::acpi::saved::{PCI_HOTPLUG_SCHEMA, SavedPciHotplugV1, SavedRemnantV1, SavedUnansweredV1};
 use crate::ids::{Bdf, UnitName};
 use crate::memory::layout::{MMIO_SEGMENT_BYTES, SEGMENT_COUNT, mmio_window};
+use crate::pci::device::Orphan;
 use crate::unit::{PauseTicket, RestoreError, SaveError, Section, Unit};
 
 impl Unit for PciHotplug {
@@ -32,11 +32,17 @@ impl Unit for PciHotplug {
     }
 
     fn pause(&self, ticket: PauseTicket) {
-        // Nothing is ever in flight, and the event device keeps its line quiet.
-        drop(ticket);
+        // Of these registers nothing is ever in flight, and the event device keeps its line quiet.
+        for remnant in self.lock().remnants.values() {
+            remnant.pause(ticket.clone());
+        }
     }
 
-    fn resume(&self) {}
+    fn resume(&self) {
+        for remnant in self.lock().remnants.values() {
+            remnant.resume();
+        }
+    }
 
     fn save(&self) -> Result<Section, SaveError> {
         let state = self.lock();
@@ -59,7 +65,7 @@ impl Unit for PciHotplug {
                 .map(|(bdf, remnant)| SavedRemnantV1 {
                     bdf: *bdf,
                     bar: remnant
-                        .range()
+                        .bar_range()
                         .map(|range| (range.start, range.end - range.start)),
                 })
                 .collect(),
@@ -125,7 +131,7 @@ impl Unit for PciHotplug {
 
 impl PciHotplug {
     /// What was left of the device at `bdf`, whose registers were at `bar`. The values are untrusted.
-    fn restore_remnant(&self, bdf: Bdf, bar: Option<(u64, u64)>) -> Result<Remnant, RestoreError> {
+    fn restore_remnant(&self, bdf: Bdf, bar: Option<(u64, u64)>) -> Result<Box<dyn Orphan>, RestoreError> {
         let refused = |reason| RestoreError::Value {
             field: "remnants",
             value: format!("{bdf}: {bar:#x?}"),
@@ -140,7 +146,7 @@ impl PciHotplug {
         if bdf.segment() >= SEGMENT_COUNT || !inside {
             return Err(refused("no device can have been there"));
         }
-        self.remnant(range)
+        self.restored_remnant(range)
             .map_err(|_| refused("something else answers there"))
     }
 }

@@ -19,6 +19,7 @@ use super::turns::{Active, Counters, Pair};
 use super::watch::Watch;
 use crate::guest_log::GuestLog;
 use crate::ids::MacAddr;
+use crate::net::unplugged::Unplugged;
 use crate::net::{NetBackend, QUEUE_PAIR_COUNT_MAX};
 use crate::unit::{RestoreError, SaveError};
 use crate::virtio::device::{Activation, DeviceEvent, DeviceFault, DeviceType, VirtioDevice};
@@ -99,6 +100,24 @@ impl Net {
     /// Whether the guest has a link.
     pub fn is_link_up(&self) -> bool {
         self.link_up && !self.backend_lost
+    }
+
+    /// Closes the backend for good. The driver sees a card without a link, and what it asks for is answered as before.
+    ///
+    /// # Errors
+    /// The host's, when it has no more descriptors; the card is as it was then.
+    pub fn unplug(&mut self) -> io::Result<()> {
+        let unplugged = Unplugged::like(&*self.backend)?;
+        self.watch.clear(&*self.backend);
+        self.backend = Box::new(unplugged);
+        let before = self.is_link_up();
+        self.backend_lost = true;
+        if before {
+            self.link_changed();
+        } else {
+            self.rewatch();
+        }
+        Ok(())
     }
 
     fn link_changed(&mut self) {

@@ -203,6 +203,12 @@ impl VirtioPciDevice {
         self.shared.detach();
     }
 
+    /// Takes the device from its owner and leaves it to its driver: it works on where the guest finds it, and its listener
+    /// hears nothing of it any more, which may be about another device of the same name by then.
+    pub fn orphan(&self) {
+        self.shared.orphan();
+    }
+
     /// Changes the device at run time, for example its link state, in turn with everything else that calls it.
     /// `None` when the device is not a `D`. What the driver must know, the device tells it with an interrupt.
     pub fn with_device<D: VirtioDevice, R>(&self, change: impl FnOnce(&mut D) -> R) -> Option<R> {

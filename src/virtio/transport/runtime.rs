@@ -48,6 +48,8 @@ pub struct Core {
     pub paused: bool,
     /// The device was taken away; no driver can make it ready again.
     gone: bool,
+    /// The device has no owner who wants to hear of it.
+    orphaned: bool,
     /// The guest lets the device access memory; follows the configuration space.
     bus_master: bool,
     /// Kept until nothing is in flight.
@@ -87,6 +89,7 @@ impl Core {
             draining: false,
             paused: false,
             gone: false,
+            orphaned: false,
             bus_master: false,
             tickets: Vec::new(),
             generation: 0,
@@ -168,7 +171,7 @@ impl Shared {
         match self.activate(core, positions) {
             Ok(()) => {
                 self.driver.set(Driver::Ready);
-                self.listener.driver_ready(&self.name, true);
+                self.tell_ready(core, true);
             }
             Err(fault) => self.needs_reset(core, &fault),
         }
@@ -293,7 +296,9 @@ impl Shared {
         self.driver.set(Driver::Broken);
         self.log.warn(format_args!("the device needs a reset: {fault}"));
         self.interrupts.signal_config();
-        self.listener.needs_reset(&self.name, &fault.to_string());
+        if !core.orphaned {
+            self.listener.needs_reset(&self.name, &fault.to_string());
+        }
     }
 
     /// The driver resets the device, or the VM is reset.
@@ -309,7 +314,7 @@ impl Shared {
             core.device.reset();
             core.draining = true;
             if was_active {
-                self.listener.driver_ready(&self.name, false);
+                self.tell_ready(core, false);
             }
         }
         self.settle(core);
@@ -328,6 +333,17 @@ impl Shared {
             self.interrupts.reset_device();
         }
         core.tickets.clear();
+    }
+
+    fn tell_ready(&self, core: &Core, ready: bool) {
+        if !core.orphaned {
+            self.listener.driver_ready(&self.name, ready);
+        }
+    }
+
+    /// Nobody hears of the device any more.
+    pub fn orphan(&self) {
+        self.core().orphaned = true;
     }
 
     /// The device has no owner any more: it lets go of everything that the guest or the loop could reach it by, and is

@@ -6,7 +6,7 @@ use super::driver::{BUFFERS, FEATURES, MQ, Rig, packet, readable, writable};
 use crate::virtio::device::{DeviceFault, VirtioDevice};
 
 /// Sends a command through queue `control` and returns the driver's view of the answer.
-fn command(rig: &mut Rig, control: u16, bytes: &[u8]) -> Result<u8, DeviceFault> {
+pub fn command(rig: &mut Rig, control: u16, bytes: &[u8]) -> Result<u8, DeviceFault> {
     rig.write(BUFFERS, bytes);
     rig.write(BUFFERS + 0x100, &[0xee]);
     let (header, data) = (readable(BUFFERS, 2), bytes.len() as u32 - 2);

@@ -6,6 +6,7 @@ use std::net::Shutdown;
 
 use serde_json::json;
 
+use super::control::command;
 use super::driver::{BUFFERS, FEATURES, MQ, Rig, packet, readable};
 use crate::net::fake::FakeNet;
 use crate::virtio::device::{DeviceType, VirtioDevice};
@@ -53,6 +54,27 @@ fn a_pulled_cable_drops_both_ways_and_is_told() {
     rig.settle().expect("the driver keeps to the rules");
     assert_eq!(rig.rings[0].used(), [(0, 65)]);
     assert_eq!(rig.sent().len(), 0);
+}
+
+#[test]
+fn a_card_whose_backend_is_taken_away_answers_its_driver_to_the_end() {
+    let mut rig = Rig::ready(2, 16, FEATURES);
+    rig.post_receive(2, 2048);
+    rig.settle().expect("the driver keeps to the rules");
+    let near = rig.near.try_clone().expect("descriptors are free");
+    rig.net.unplug().expect("descriptors are free");
+    assert_eq!((config(&rig)[6], rig.interrupts.config_count()), (0, 1));
+    assert_eq!(config(&rig)[8], 2, "as many pairs as before");
+    drop(near);
+    assert_eq!(command(&mut rig, 4, &[4, 0, 2, 0]), Ok(0));
+    rig.rings[1].post(&[readable(BUFFERS, 64)]);
+    rig.net.process_queue(1).expect("the driver keeps to the rules");
+    assert_eq!(rig.rings[1].used(), [(0, 0)], "dropped");
+    rig.net.reset();
+    rig.activate(FEATURES, false).expect("another driver can try it");
+    rig.net.set_link(true);
+    assert_eq!(config(&rig)[6], 0);
+    rig.settle().expect("the driver keeps to the rules");
 }
 
 #[test]

@@ -386,6 +386,28 @@ fn a_device_that_is_taken_away_is_gone_though_a_vcpu_is_in_the_middle_of_an_acce
 }
 
 #[test]
+fn a_device_that_is_left_to_its_driver_works_on_and_tells_nobody() {
+    let mut rig = Rig::new();
+    rig.bring_up();
+    rig.heard();
+    let device = rig.device.clone();
+    rig.slot = None;
+    device.orphan();
+    rig.kick(2);
+    rig.wait_for(&Call::Queue(2));
+    assert_eq!(
+        device.bar_range().map(|range| range.start),
+        Some(mmio_slot(bdf()))
+    );
+    device.shared.bar_write(0x14, &[0]);
+    let mut status = [0xFF];
+    device.shared.bar_read(0x14, &mut status);
+    assert_eq!((status, device.driver_ready()), ([0], false));
+    rig.bring_up();
+    assert_eq!(rig.heard(), [""; 0], "nobody hears of it");
+}
+
+#[test]
 fn resets_kicks_and_pauses_from_several_threads_never_lock_up() {
     let rig = Rig::new();
     let device = rig.device.clone();
