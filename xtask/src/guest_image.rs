@@ -24,6 +24,9 @@ const MODULES: &[&str] = &[
     "pvpanic-mmio",
 ];
 
+/// Drivers that a test loads by itself, in the order of `modules/NAME.order`: nobody else's boot shall be longer for them.
+const ON_DEMAND: &[&str] = &["bridge"];
+
 /// The command server, for this image and for the Debian one.
 pub const SERVER: &str = include_str!("guest_server.sh");
 
@@ -31,14 +34,14 @@ pub const SERVER: &str = include_str!("guest_server.sh");
 pub fn ensure(paths: &Paths, kernel: &Kernel) -> Result<PathBuf, Failure> {
     let mut archive = images::with_busybox(paths)?;
     let mut all: Vec<String> = Vec::new();
-    for (module, files) in modules::pack(&mut archive, kernel, MODULES)? {
+    for (module, files) in modules::pack(&mut archive, kernel, &[MODULES, ON_DEMAND].concat())? {
         archive.file(
             &format!("modules/{module}.order"),
             0o644,
             lines(&files).as_bytes(),
         );
         for file in files {
-            if !all.contains(&file) {
+            if MODULES.contains(&module.as_str()) && !all.contains(&file) {
                 all.push(file);
             }
         }
