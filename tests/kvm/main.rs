@@ -28,6 +28,7 @@ mod memory_hostile;
 mod memory_refusals;
 mod net;
 mod nic;
+mod nic_busy;
 mod nic_cycles;
 mod nic_rough;
 mod programs;
@@ -63,6 +64,7 @@ fn main() -> ExitCode {
         memory::trials(),
         hotplug::trials(),
         nic::trials(),
+        nic_busy::trials(),
         nic_cycles::trials(),
         nic_rough::trials(),
         labels::trials(),
