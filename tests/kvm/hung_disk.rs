@@ -3,9 +3,6 @@
 //! What is in flight is the kernel's then, and no call of ours gets it back before the volume goes on. Nobody may wait
 //! for that who need not.
 
-use std::fs::File;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::mpsc::channel;
 use std::thread;
 
@@ -18,6 +15,7 @@ use crate::Body;
 use crate::guest::{BOOT_WITHIN, Guest, WITHIN, done, small};
 use crate::harness::guest_shell::GuestShell;
 use crate::harness::wait::wait_for;
+use crate::volume::Volume;
 
 /// The trials of this file.
 pub fn trials() -> Vec<Body> {
@@ -25,75 +23,6 @@ pub fn trials() -> Vec<Body> {
         "hung_disk::who_need_not_wait_does_not",
         who_need_not_wait_does_not,
     )]
-}
-
-const BYTES: u64 = 64 << 20;
-
-/// A volume of device-mapper over a loop device over a file; all of it goes with the value.
-struct Volume {
-    _folder: tempfile::TempDir,
-    device: String,
-    name: String,
-}
-
-impl Volume {
-    fn create() -> Result<Self, Failed> {
-        let folder = tempfile::tempdir()?;
-        let file = folder.path().join("file");
-        File::create(&file)?.set_len(BYTES)?;
-        let device = run("losetup", &["--find", "--show", &file.to_string_lossy()])?;
-        let volume = Self {
-            _folder: folder,
-            name: format!("vm-lifecycle-{}", std::process::id()),
-            device: device.trim().to_owned(),
-        };
-        let table = format!("0 {} linear {} 0", BYTES / 512, volume.device);
-        run("dmsetup", &["create", &volume.name, "--table", &table])?;
-        run("dmsetup", &["mknodes"])?;
-        Ok(volume)
-    }
-
-    fn path(&self) -> PathBuf {
-        Path::new("/dev/mapper").join(&self.name)
-    }
-
-    /// Requests that come from now on wait, and are neither done nor failed.
-    fn hang(&self) -> Result<(), Failed> {
-        run("dmsetup", &["suspend", "--noflush", "--nolockfs", &self.name]).map(drop)
-    }
-
-    fn go_on(&self) -> Result<(), Failed> {
-        run("dmsetup", &["resume", &self.name]).map(drop)
-    }
-}
-
-impl Drop for Volume {
-    fn drop(&mut self) {
-        let undone = [
-            run("dmsetup", &["resume", &self.name]),
-            run("dmsetup", &["remove", "--deferred", &self.name]),
-            run("losetup", &["--detach", &self.device]),
-        ];
-        for error in undone.into_iter().filter_map(Result::err) {
-            eprintln!("{error:?}");
-        }
-    }
-}
-
-fn run(program: &str, arguments: &[&str]) -> Result<String, Failed> {
-    let mut command = Command::new(program);
-    command
-        .args(arguments)
-        .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin");
-    let output = command.output()?;
-    if output.status.success() {
-        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
-    }
-    Err(format!(
-        "{program} {arguments:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    )
-    .into())
 }
 
 /// Has the guest write its disk anew, from `mib` on, while the volume hangs, and waits until its flush is under way: what

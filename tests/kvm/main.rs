@@ -35,6 +35,7 @@ mod programs;
 mod refusals;
 mod tiny;
 mod vmm;
+mod volume;
 
 use std::process::ExitCode;
 
