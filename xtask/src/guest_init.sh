@@ -6,6 +6,7 @@
 #     harness.port=ttyS1                     serve commands on this tty instead of a port
 #     harness.root=/dev/vda                  run that disk's own init instead, drivers loaded
 #     harness.exit=poweroff|reboot|panic|triplefault|idle    do that at once and serve no commands
+#     harness.exit=look                      look for network cards, over and over, and tell their addresses on the console
 #     harness.exit=input                     switch off when a line is typed on the console
 export PATH=/bin HOME=/root TERM=dumb
 echo GUEST-INIT-REACHED
@@ -48,6 +49,15 @@ case $exit in
         read -r _
         poweroff -f
         ;;
+    look)
+        told=
+        while :; do
+            echo 1 >/sys/bus/pci/rescan
+            found=$(cat /sys/class/net/eth*/address 2>/dev/null)
+            [ "$found" = "$told" ] || echo "GUEST-SEES" $found
+            told=$found
+            sleep 0.1
+        done ;;
     idle) while :; do sleep 86400; done ;;
 esac
 

@@ -25,6 +25,7 @@ const MODULES: &[&str] = &[
     "dm_flakey",
     "dm_delay",
     "nbd",
+    "ext4",
 ];
 
 /// Builds the image from `kernel`'s modules and returns where it is.
