@@ -19,6 +19,7 @@ mod hotplug;
 mod huge_pages;
 mod hung_disk;
 mod journal;
+mod killed;
 mod labels;
 mod lifecycle;
 mod log_lines;
@@ -74,6 +75,7 @@ fn main() -> ExitCode {
         debian::trials(),
         huge_pages::trials(),
         programs::trials(),
+        killed::trials(),
         refusals::trials(),
     ]
     .into_iter()

@@ -53,6 +53,20 @@ impl Volume {
     pub fn go_on(&self) -> Result<(), Failed> {
         run("dmsetup", &["resume", &self.name]).map(drop)
     }
+
+    /// Requests that wait, and those that come, fail from now on, as if the power had failed before them.
+    pub fn lose(&self) -> Result<(), Failed> {
+        let table = format!("0 {} error", BYTES / 512);
+        run("dmsetup", &["load", &self.name, "--table", &table])?;
+        self.go_on()
+    }
+
+    /// The volume works again after [`lose`](Self::lose).
+    pub fn mend(&self) -> Result<(), Failed> {
+        run("dmsetup", &["load", &self.name, "--table", &self.table()])?;
+        self.hang()?;
+        self.go_on()
+    }
 }
 
 impl Drop for Volume {
@@ -63,6 +77,47 @@ impl Drop for Volume {
             run("losetup", &["--detach", &self.device]),
         ];
         for error in undone.into_iter().filter_map(Result::err) {
+            eprintln!("{error:?}");
+        }
+    }
+}
+
+/// The file system of a volume, mounted for as long as the value lives.
+pub struct Mounted<'a> {
+    volume: &'a Volume,
+    folder: PathBuf,
+}
+
+impl<'a> Mounted<'a> {
+    /// Makes a file system, and `folder` to mount it on.
+    pub fn create(volume: &'a Volume, folder: &Path) -> Result<Self, Failed> {
+        run("mkfs.ext4", &["-q", &volume.path().to_string_lossy()])?;
+        std::fs::create_dir(folder)?;
+        let mounted = Self {
+            volume,
+            folder: folder.to_owned(),
+        };
+        mounted.mount()?;
+        Ok(mounted)
+    }
+
+    /// Forgets what is not on the volume, after [`Volume::lose`], and comes up anew from what is.
+    pub fn recover(&self) -> Result<(), Failed> {
+        run("umount", &[&self.folder.to_string_lossy()])?;
+        self.volume.mend()?;
+        self.mount()
+    }
+
+    fn mount(&self) -> Result<(), Failed> {
+        let (device, folder) = (self.volume.path(), self.folder.to_string_lossy());
+        run("mount", &["-t", "ext4", &device.to_string_lossy(), &folder]).map(drop)
+    }
+}
+
+impl Drop for Mounted<'_> {
+    fn drop(&mut self) {
+        // Lazily: a volume that hangs would hold up whoever waits for it.
+        if let Err(error) = run("umount", &["--lazy", &self.folder.to_string_lossy()]) {
             eprintln!("{error:?}");
         }
     }
