@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 use std::process::Command;
 
 use libtest_mimic::Failed;
-use vm_lifecycle::config::{DiskSpec, NicSpec};
+use vm_lifecycle::config::{DiskSpec, NicConfig, NicSpec};
 
 use crate::Body;
 use crate::guest::{BOOT_WITHIN, Guest, WITHIN, small};
@@ -22,6 +22,7 @@ pub fn trials() -> Vec<Body> {
     )]
 }
 
+const SCRIPT: &str = include_str!("../../docs/guest/nic-label");
 const RULE: &str = include_str!("../../docs/guest/76-nic-label.rules");
 const LINK: &str = include_str!("../../docs/guest/70-nic-label.link");
 
@@ -72,6 +73,8 @@ fn a_debian_guest_calls_its_interfaces() -> Result<(), Failed> {
     ] {
         assert!(told.contains(expected), "no {expected} in\n{told}");
     }
+    install(&mut shell, "/usr/local/lib/nic-label", SCRIPT)?;
+    shell.succeed("chmod 755 /usr/local/lib/nic-label")?;
     install(&mut shell, "/etc/udev/rules.d/76-nic-label.rules", RULE)?;
     install(&mut shell, "/etc/systemd/network/70-nic-label.link", LINK)?;
     shell.succeed("udevadm control --reload")?;
@@ -92,7 +95,8 @@ fn a_debian_guest_calls_its_interfaces() -> Result<(), Failed> {
         assert_eq!(has_long_name, label.len() > 15, "{told}");
     }
 
-    rename_while_it_is_up(&guest, &mut shell)
+    rename_while_it_is_up(&guest, &mut shell)?;
+    names_that_are_taken(&guest, &mut shell)
 }
 
 fn rename_while_it_is_up(guest: &Guest, shell: &mut GuestShell) -> Result<(), Failed> {
@@ -110,5 +114,63 @@ fn rename_while_it_is_up(guest: &Guest, shell: &mut GuestShell) -> Result<(), Fa
     );
     shell.succeed(&format!("ip link set Fred down && {}", look("Fred")))?;
     shell.succeed("ip link set Freda up")?;
+    Ok(())
+}
+
+/// Two labels that become the same name, and one that is the kernel's to give: each card is udev's all the same, which
+/// knows its label, and works.
+fn names_that_are_taken(guest: &Guest, shell: &mut GuestShell) -> Result<(), Failed> {
+    let taps = (0..3u8).map(|index| Tap::create(Ipv4Addr::new(10, 213, 75 + index, 1)));
+    let taps: Vec<Tap> = taps.collect::<Result<_, _>>()?;
+    let cases = [("web lan", "web_lan"), ("web/lan", "eno7"), ("eth0", "eno8")];
+    let mut cards = Vec::new();
+    for ((label, interface), tap) in cases.into_iter().zip(&taps) {
+        let config = add(guest, NicSpec::new(label, tap.name()))?.config;
+        is_called(shell, &config, interface)?;
+        cards.push((config, interface));
+    }
+    // The same, whichever of them udev meets first, as at a boot.
+    let drive = |card: &NicConfig, how: &str| {
+        format!(
+            "cd /sys/bus/virtio/drivers/virtio_net && \
+             basename /sys/bus/pci/devices/{}/virtio* >{how} && udevadm settle",
+            card.bdf
+        )
+    };
+    for (card, _) in &cards {
+        shell.succeed(&drive(card, "unbind"))?;
+    }
+    for (card, interface) in cards.iter().rev() {
+        shell.succeed(&drive(card, "bind"))?;
+        is_called(shell, card, interface)?;
+    }
+    for ((_, interface), tap) in cards.iter().zip(&taps) {
+        let [a, b, c, _] = tap.address().octets();
+        shell.succeed(&format!(
+            "ip addr add {a}.{b}.{c}.2/24 dev {interface} && ip link set {interface} up"
+        ))?;
+        shell.wait_until(
+            &format!("ping -c 1 -W 1 -I {interface} {}", tap.address()),
+            WITHIN,
+        )?;
+    }
+    Ok(())
+}
+
+fn is_called(shell: &mut GuestShell, card: &NicConfig, interface: &str) -> Result<(), Failed> {
+    let told = properties(shell, &card.mac.to_string())?;
+    for expected in [
+        format!("INTERFACE={interface}"),
+        format!("ID_NET_NAME={interface}"),
+        format!("ID_NET_LABEL_ONBOARD={}", card.name),
+    ] {
+        assert!(
+            told.lines().any(|line| line == expected),
+            "no {expected} in\n{told}"
+        );
+    }
+    assert!(!told.contains("ID_RENAMING"), "udev gave up on it:\n{told}");
+    let label = shell.succeed(&format!("cat /sys/class/net/{interface}/device/../label"))?;
+    assert_eq!(label, card.name.as_str());
     Ok(())
 }
