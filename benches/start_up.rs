@@ -142,7 +142,7 @@ fn start(mut command: Command, kernel_start: &KernelStart) -> Result<Sample, Box
     let seconds = began.elapsed().as_secs_f64();
     Ok(Sample {
         seconds,
-        vmm_seconds: kernel_start.seconds()?,
+        vmm_seconds: kernel_start.seconds(child.0.id())?,
         counters: before.counters_of_the_new_one()?,
     })
 }

@@ -40,10 +40,10 @@ impl KernelStart {
         self.set("trace", "")
     }
 
-    /// The seconds from the last exec before a guest's kernel began, to that moment.
-    pub fn seconds(&self) -> io::Result<f64> {
+    /// The seconds from the exec of process `pid` until a guest's kernel began.
+    pub fn seconds(&self, pid: u32) -> io::Result<f64> {
         let trace = fs::read_to_string(self.folder.join("trace"))?;
-        seconds(&trace).ok_or_else(|| io::Error::other(format!("no guest's kernel began:\n{trace}")))
+        seconds(&trace, pid).ok_or_else(|| io::Error::other(format!("no guest's kernel began:\n{trace}")))
     }
 
     fn set(&self, file: &str, text: &str) -> io::Result<()> {
@@ -58,16 +58,16 @@ impl Drop for KernelStart {
 }
 
 /// Of lines like `  vcpu-0-157  [000] .....  5.380347: kvm_msr: msr_write 4b564d01 = 0x3601001`.
-fn seconds(trace: &str) -> Option<f64> {
-    let mut exec = None;
-    for line in trace.lines().filter(|line| !line.starts_with('#')) {
+fn seconds(trace: &str, pid: u32) -> Option<f64> {
+    let exec = format!(" pid={pid} ");
+    let event = |line: &'_ str| -> Option<(f64, bool)> {
         let (before, event) = line.split_once(": ")?;
-        let at: f64 = before.split_whitespace().last()?.parse().ok()?;
-        if event.starts_with("sched_process_exec") {
-            exec = Some(at);
-        } else if event.contains(KVMCLOCK) {
-            return Some(at - exec?);
-        }
-    }
-    None
+        let at = before.split_whitespace().last()?.parse().ok()?;
+        let is_exec = event.starts_with("sched_process_exec") && event.contains(&exec);
+        (is_exec || event.contains(KVMCLOCK)).then_some((at, is_exec))
+    };
+    let events: Vec<_> = trace.lines().filter_map(event).collect();
+    let (exec, _) = events.iter().rfind(|(_, is_exec)| *is_exec)?;
+    let (kvmclock, _) = events.iter().find(|(at, is_exec)| !is_exec && at > exec)?;
+    Some(kvmclock - exec)
 }

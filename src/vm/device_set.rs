@@ -104,15 +104,23 @@ impl DeviceSet {
         let Some(removed) = self.hotplug.remove(bdf) else {
             return false;
         };
+        // A vCPU may be in the middle of an access, and hold the device a little longer.
+        let forget = || self.lock().devices.retain(|other| !Arc::ptr_eq(other, &device));
         match &removed {
-            // A vCPU may be in the middle of an access, and hold it a little longer.
-            Removed::Ejected(_) => device.detach(),
-            Removed::ByForce(_) => self
-                .hotplug
-                .tell_taken(bdf, Box::new(Taken::from(device.clone()))),
+            Removed::Ejected(_) => {
+                forget();
+                device.detach();
+            }
+            Removed::ByForce(_) => {
+                device.orphan();
+                self.hotplug.tell_taken(bdf, Box::new(Taken(device.clone())));
+                // Not before: a pause that comes now must find it here or there.
+                forget();
+                // Closing a tap waits for the host's network, and nobody shall wait for that.
+                drop(device.with_device(Net::unplug));
+            }
         }
-        // Not before: a pause that comes now must find it here or there.
-        self.lock().devices.retain(|other| !Arc::ptr_eq(other, &device));
+        drop(device);
         drop(removed);
         true
     }
@@ -146,20 +154,8 @@ impl DeviceSet {
     }
 }
 
-/// A device that was taken by force: nothing of the host is behind it any more.
+/// A device that was taken by force, which its driver has not let go of.
 struct Taken(Arc<VirtioPciDevice>);
-
-impl From<Arc<VirtioPciDevice>> for Taken {
-    fn from(device: Arc<VirtioPciDevice>) -> Self {
-        device.orphan();
-        // Where the host has not even a descriptor left, the device goes whole, which a driver may not survive.
-        if let Some(Err(error)) = device.with_device(Net::unplug) {
-            log::warn!("the network card at {} goes at once: {error}", device.bdf());
-            device.detach();
-        }
-        Self(device)
-    }
-}
 
 impl Orphan for Taken {
     fn bar_range(&self) -> Option<Range<u64>> {

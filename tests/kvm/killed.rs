@@ -44,12 +44,12 @@ fn wait_for_cards(console: &str, cards: &[&str]) -> Result<(), Failed> {
     seen.map_err(|error| format!("{error}; the guest sees {:?}", last()).into())
 }
 
-/// Whether a thread of the process waits for a disk.
+/// Whether the thread of the process that stores the configuration waits for a disk.
 fn waits_for_a_disk(process: u32) -> Option<()> {
     let threads = fs::read_dir(format!("/proc/{process}/task")).ok()?;
     let mut states = threads.flatten().map(|thread| {
         let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
-        stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('D'))
+        stat.contains(" (vm-store) D ")
     });
     states.any(|waits| waits).then_some(())
 }
@@ -105,8 +105,8 @@ fn killed_before_a_card_is_stored() -> Result<(), Failed> {
     let volume = Volume::create()?;
     let mounted = Mounted::create(&volume, Path::new(&places.path("volume")))?;
     let taps = [
-        Tap::create(Ipv4Addr::new(10, 213, 91, 1))?,
-        Tap::create(Ipv4Addr::new(10, 213, 92, 1))?,
+        Tap::create(Ipv4Addr::new(10, 213, 94, 1))?,
+        Tap::create(Ipv4Addr::new(10, 213, 95, 1))?,
     ];
     let (state, console) = (places.path("volume/vm"), places.path("console"));
     let mut vmm = places.make_vm(&[

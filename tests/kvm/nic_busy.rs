@@ -86,7 +86,7 @@ fn not_released(removal: &Operation<RemoveNicOutcome>) -> Result<(), Failed> {
 }
 
 fn a_card_whose_driver_is_busy() -> Result<(), Failed> {
-    let tap = Tap::create(Ipv4Addr::new(10, 213, 90, 1))?;
+    let tap = Tap::create(Ipv4Addr::new(10, 213, 93, 1))?;
     let (guest, mut shell) = Guest::boot(small("busy")?.nic(NicSpec::new("lan", tap.name())))?;
     prepare(&mut shell)?;
     shell.succeed("dmesg -c >/dev/null")?;

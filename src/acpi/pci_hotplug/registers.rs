@@ -155,15 +155,22 @@ impl PciHotplug {
     }
 
     /// Withdraws the request to let go of the device at `bdf` and asks the guest to look at it, also if it has let go of
-    /// it without being asked. `false` when there is no such device, or the guest has let go of it as it was asked to.
+    /// it without being asked. A guest that has not let go of the one before is asked for that again: it may have
+    /// forgotten (a kernel that starts another one). `false` when there is no such device, or the guest has let go of it
+    /// as it was asked to.
     pub fn offer(&self, bdf: Bdf) -> bool {
         let mut state = self.lock();
-        let offered = state.offer(bdf);
-        drop(state);
-        if offered {
-            self.announce(bdf);
+        if !state.offer(bdf) {
+            return false;
         }
-        offered
+        if state.remnants.contains_key(&bdf) {
+            state.request_eject(bdf);
+        } else {
+            state.note_changed(bdf);
+        }
+        drop(state);
+        self.acpi.raise(GedEvent::PciHotplug);
+        true
     }
 
     /// Takes the device at `bdf` out of its slot and hands the slot back, still taken. `None` when no hot-pluggable

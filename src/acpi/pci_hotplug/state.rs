@@ -191,7 +191,12 @@ impl State {
         self.forget_request(bdf);
     }
 
+    /// Takes back what the guest has not read of a request, unless it is about a device that was taken by force: the one
+    /// behind that would wait for ever.
     pub fn forget_request(&mut self, bdf: Bdf) {
+        if self.remnants.contains_key(&bdf) {
+            return;
+        }
         if let Some(bits) = self.eject_requests.get_mut(usize::from(bdf.segment())) {
             *bits &= !bit(bdf);
         }

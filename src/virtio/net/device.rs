@@ -102,14 +102,13 @@ impl Net {
         self.link_up && !self.backend_lost
     }
 
-    /// Closes the backend for good. The driver sees a card without a link, and what it asks for is answered as before.
-    ///
-    /// # Errors
-    /// The host's, when it has no more descriptors; the card is as it was then.
-    pub fn unplug(&mut self) -> io::Result<()> {
-        let unplugged = Unplugged::like(&*self.backend)?;
+    /// Hands out the backend for good; closing it may take the host long. The driver sees a card without a link, and what
+    /// it asks for is answered as before.
+    #[must_use = "dropping the backend closes it"]
+    pub fn unplug(&mut self) -> Box<dyn NetBackend> {
         self.watch.clear(&*self.backend);
-        self.backend = Box::new(unplugged);
+        let unplugged = Box::new(Unplugged::like(&*self.backend));
+        let backend = std::mem::replace(&mut self.backend, unplugged);
         let before = self.is_link_up();
         self.backend_lost = true;
         if before {
@@ -117,7 +116,7 @@ impl Net {
         } else {
             self.rewatch();
         }
-        Ok(())
+        backend
     }
 
     fn link_changed(&mut self) {

@@ -266,11 +266,13 @@ impl Shared {
         let outcome = match token.checked_sub(KICK_TOKEN_BASE) {
             Some(queue_index) => {
                 let queue_index = queue_index as u16;
-                if let Some(kick) = self.kicks.get(usize::from(queue_index)) {
+                // A kick that may not be followed now is made up for by `resume_work`, which kicks every queue but
+                // those of an orphan.
+                let kick = self.kicks.get(usize::from(queue_index));
+                if let Some(kick) = kick.filter(|_| may_work || !core.orphaned) {
                     // An empty counter is a spurious call.
                     let _ = kick.read();
                 }
-                // A kick that may not be followed now is made up for by `resume_work`, which kicks every queue.
                 if may_work {
                     core.device.process_queue(queue_index)
                 } else {
@@ -396,7 +398,13 @@ impl Shared {
         if !core.may_work() {
             return;
         }
-        for queue_index in core.enabled_queues() {
+        // An orphan's driver may have ended with its kernel, and what it used may be another's now: it has to ask.
+        let queues = if core.orphaned {
+            Vec::new()
+        } else {
+            core.enabled_queues()
+        };
+        for queue_index in queues {
             if let Some(kick) = self.kicks.get(usize::from(queue_index)) {
                 raise(kick);
             }
