@@ -57,11 +57,11 @@ fn make_busy(shell: &mut GuestShell) -> Result<(), Failed> {
 
 /// The driver has begun to let go of its card, and waits.
 const WAITS: &str = "grep -qs unregister_netdev /proc/[0-9]*/stack";
-const PING: &str = "ping -c 1 -W 1 10.213.90.1";
+const PING: &str = "ping -c 1 -W 1 10.213.93.1";
 
 fn use_card(shell: &mut GuestShell) -> Result<(), Failed> {
     shell.wait_until("test -e /sys/class/net/eth0", WITHIN)?;
-    shell.succeed("ip addr add 10.213.90.2/24 dev eth0 && ip link set eth0 up")?;
+    shell.succeed("ip addr add 10.213.93.2/24 dev eth0 && ip link set eth0 up")?;
     shell.wait_until(PING, WITHIN)?;
     Ok(())
 }
