@@ -34,6 +34,7 @@ mod nic_cycles;
 mod nic_rough;
 mod programs;
 mod refusals;
+mod rows;
 mod tiny;
 mod vmm;
 mod volume;
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
     let bodies = [
         basics::trials(),
         tiny::trials(),
+        rows::trials(),
         guest_image::trials(),
         boot::trials(),
         lifecycle::trials(),

@@ -32,7 +32,7 @@ pub fn trials() -> Vec<Body> {
 const ADDRESS: u64 = 0x10_0000;
 
 /// An ELF image of `code`, entered in 64-bit mode with the first 4 GiB mapped to themselves.
-fn kernel(code: &[u8]) -> Result<NamedTempFile, Failed> {
+pub fn kernel(code: &[u8]) -> Result<NamedTempFile, Failed> {
     let code_offset = 128u64;
     let code_bytes = code.len() as u64;
     let mut image = b"\x7FELF\x02\x01\x01".to_vec();
