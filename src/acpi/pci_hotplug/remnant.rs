@@ -12,41 +12,25 @@ use crate::bus::{Bus, BusClaim, BusDevice, BusError};
 use crate::pci::device::Orphan;
 use crate::unit::PauseTicket;
 
-/// Zeros at the addresses of a device, for as long as this lives.
-struct ZerosAt {
-    range: Range<u64>,
-    _claim: BusClaim,
-}
-
-/// A device that answered nowhere.
-struct Nowhere;
+/// Zeros where a device answered, if it did, for as long as this lives.
+struct Leftover(Option<(Range<u64>, BusClaim)>);
 
 /// What stands for the device that answered at `range` of `mmio`.
 ///
 /// # Errors
 /// [`BusError`] when something else answers there.
 pub(super) fn restored(mmio: &Bus, range: Option<Range<u64>>) -> Result<Box<dyn Orphan>, BusError> {
-    let Some(range) = range else {
-        return Ok(Box::new(Nowhere));
+    let claim = |range: Range<u64>| {
+        let len = range.end.saturating_sub(range.start);
+        let claim = mmio.claim(range.start, len, Arc::new(Zeros))?;
+        Ok((range, claim))
     };
-    let len = range.end.saturating_sub(range.start);
-    let claim = mmio.claim(range.start, len, Arc::new(Zeros))?;
-    Ok(Box::new(ZerosAt { range, _claim: claim }))
+    Ok(Box::new(Leftover(range.map(claim).transpose()?)))
 }
 
-impl Orphan for ZerosAt {
+impl Orphan for Leftover {
     fn bar_range(&self) -> Option<Range<u64>> {
-        Some(self.range.clone())
-    }
-
-    fn pause(&self, _ticket: PauseTicket) {}
-
-    fn resume(&self) {}
-}
-
-impl Orphan for Nowhere {
-    fn bar_range(&self) -> Option<Range<u64>> {
-        None
+        self.0.as_ref().map(|(range, _)| range.clone())
     }
 
     fn pause(&self, _ticket: PauseTicket) {}

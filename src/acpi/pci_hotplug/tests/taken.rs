@@ -1,10 +1,22 @@
 //! Tests of what is left of a device that was taken by force.
 
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
 use super::{Rig, bdf};
 use crate::acpi::pci_hotplug::registers::Removed;
 use crate::acpi::saved::PCI_HOTPLUG_SCHEMA;
+use crate::ids::Bdf;
 use crate::memory::layout::{HOTPLUG_EJECT_OFFSET, mmio_slot};
-use crate::unit::{Section, Unit};
+use crate::pci::device::Orphan;
+use crate::unit::{PauseTicket, Section, Unit};
+
+/// Lets a device come to `place` and takes it by force.
+fn take(rig: &Rig, place: Bdf) {
+    rig.insert(place, None);
+    drop(rig.hotplug.remove(place));
+    rig.hotplug.tell_taken(place, rig.left(place));
+}
 
 #[test]
 fn what_is_left_of_a_device_taken_by_force_goes_with_its_driver() {
@@ -31,9 +43,7 @@ fn what_is_left_of_a_device_taken_by_force_goes_with_its_driver() {
 fn a_device_waits_until_the_guest_has_let_go_of_the_one_before() {
     let rig = Rig::new();
     let place = bdf(0, 8);
-    rig.insert(place, None);
-    drop(rig.hotplug.remove(place));
-    rig.hotplug.tell_taken(place, rig.left(place));
+    take(&rig, place);
     rig.insert(place, None);
     rig.hotplug.announce(place);
     assert_eq!((rig.events(), rig.read(0), rig.read(4)), (2, 0, 1 << 8));
@@ -50,9 +60,7 @@ fn a_device_waits_until_the_guest_has_let_go_of_the_one_before() {
 fn what_is_left_of_a_device_is_asked_for_whatever_becomes_of_the_next() {
     let rig = Rig::new();
     let place = bdf(0, 8);
-    rig.insert(place, None);
-    drop(rig.hotplug.remove(place));
-    rig.hotplug.tell_taken(place, rig.left(place));
+    take(&rig, place);
     rig.insert(place, None);
     drop(rig.hotplug.remove(place));
     assert_eq!(rig.read(4), 1 << 8, "the next one went before it was read");
@@ -71,9 +79,7 @@ fn what_is_left_of_a_device_is_asked_for_whatever_becomes_of_the_next() {
 fn what_is_left_of_a_device_is_saved_with_the_one_that_waits_behind_it() {
     let (rig, other) = (Rig::new(), Rig::new());
     let (place, base) = (bdf(1, 1), mmio_slot(bdf(1, 1)));
-    rig.insert(place, None);
-    drop(rig.hotplug.remove(place));
-    rig.hotplug.tell_taken(place, rig.left(place));
+    take(&rig, place);
     rig.read(12);
     rig.insert(place, None);
     let section = rig.hotplug.save().expect("it can be saved");
@@ -111,4 +117,33 @@ fn what_is_left_of_a_device_is_saved_with_the_one_that_waits_behind_it() {
         .expect_err("refused")
         .to_string();
     assert!(error.ends_with("no device can have been there"), "{error}");
+}
+
+/// Keeps the tickets of a pause until it goes on.
+struct Busy(Arc<Mutex<Vec<PauseTicket>>>);
+
+impl Orphan for Busy {
+    fn bar_range(&self) -> Option<Range<u64>> {
+        None
+    }
+
+    fn pause(&self, ticket: PauseTicket) {
+        self.0.lock().expect("nobody panics with it").push(ticket);
+    }
+
+    fn resume(&self) {
+        self.0.lock().expect("nobody panics with it").clear();
+    }
+}
+
+#[test]
+fn what_is_left_of_a_device_is_paused_with_the_machine() {
+    let rig = Rig::new();
+    let tickets = Arc::default();
+    rig.hotplug
+        .tell_taken(bdf(0, 8), Box::new(Busy(Arc::clone(&tickets))));
+    rig.hotplug.pause(PauseTicket::new(|| ()));
+    assert_eq!(tickets.lock().expect("nobody panics with it").len(), 1);
+    rig.hotplug.resume();
+    assert_eq!(tickets.lock().expect("nobody panics with it").len(), 0);
 }

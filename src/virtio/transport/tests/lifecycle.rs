@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, channel};
 use serde_json::{Value, json};
 
 use super::fake_device::{Call, FakeDevice};
-use super::rig::{Rig, bdf};
+use super::rig::{PATIENCE, Rig, bdf};
 use crate::bus::BusDevice;
 use crate::memory::layout::mmio_slot;
 use crate::pci::device::PciDevice;
@@ -399,6 +399,18 @@ fn a_device_that_is_left_to_its_driver_works_on_and_tells_nobody() {
         device.bar_range().map(|range| range.start),
         Some(mmio_slot(bdf()))
     );
+    // A pause loses no kick, and the end of one makes none: what it would look at may be another kernel's.
+    let (ticket, quiet) = ticket();
+    device.pause(ticket);
+    quiet.recv().expect("idle");
+    rig.settle_loop();
+    rig.drop_calls();
+    rig.kick(2);
+    device.resume();
+    let first = rig.calls.recv_timeout(PATIENCE).expect("the call comes");
+    assert_eq!(first, Call::Queue(2));
+    rig.settle_loop();
+    assert_eq!(rig.calls.try_iter().collect::<Vec<_>>(), []);
     device.shared.bar_write(0x14, &[0]);
     let mut status = [0xFF];
     device.shared.bar_read(0x14, &mut status);

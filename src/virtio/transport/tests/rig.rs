@@ -29,7 +29,7 @@ use crate::virtio::transport::{TransportResources, VirtioPciDevice};
 pub const MEMORY_BYTES: usize = 0x2_0000;
 pub const DRIVER_FEATURES: u64 = TRANSPORT_FEATURES & !(1 << 29) | DEVICE_FEATURE;
 /// Longer than any test takes; only a failing test waits for it.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(Default)]
 pub struct Listener {
